@@ -1,0 +1,63 @@
+"""Any format into rows: what a row is, in the unit of work (file, row group), and which rows cannot be read."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finescope import storage
+from finescope.corpus.files import Compression, Format
+from finescope.corpus.lines import json_strings, read_csv, read_jsonl, read_txt
+from finescope.corpus.parquet import read_row_group
+from finescope.corpus.rejects import RowsRead
+from finescope.corpus.selection import Selection
+
+
+def read_rows(path: str, format: Format, compression: Compression | None, row_group: int, selection: Selection) -> RowsRead:
+    """The rows of one unit, and a reject for each that cannot be read. Line files have one unit, row group 0.
+
+    Raises:
+        OSError: the store does not give the file, or a compressed line file is damaged (`units.inspect_file` finds that).
+        CorpusError: the file has two columns of one name.
+    """
+    if format == "parquet":
+        return read_row_group(path, row_group, selection)
+    assert row_group == 0, (path, row_group)
+    reader = {"jsonl": read_jsonl, "csv": read_csv, "txt": read_txt}[format]
+    return reader(path, compression, selection)
+
+
+def num_row_groups(path: str, format: Format) -> int:
+    """The units of a file: row groups of Parquet, one of a line file."""
+    if format != "parquet":
+        return 1
+    with storage.open_input(path) as file:
+        return pq.ParquetFile(file).metadata.num_row_groups
+
+
+def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of several units as one: a column that one lacks is null there, types are widened where they can be.
+
+    A column whose types have nothing in common becomes strings: texts as they are, everything else as JSON.
+    """
+    types: dict[str, list[pa.DataType]] = {}
+    for table in tables:
+        for field in table.schema:
+            types.setdefault(field.name, []).append(field.type)
+    unlike = {name for name, found in types.items() if not _have_common_type(found)}
+    return pa.concat_tables([_as_strings(table, unlike) for table in tables], promote_options="permissive")
+
+
+def _have_common_type(types: list[pa.DataType]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([("column", type)]) for type in dict.fromkeys(types)], promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return False
+    return True
+
+
+def _as_strings(table: pa.Table, names: set[str]) -> pa.Table:
+    for index, name in enumerate(table.column_names):
+        if name in names:
+            table = table.set_column(index, name, pa.array(json_strings(table.column(name).to_pylist()), pa.string()))
+    return table

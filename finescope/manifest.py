@@ -1,0 +1,170 @@
+"""The records on storage: a step's manifest, written last, and the run's `run.json`, which says where everything is."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import socket
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from finescope import storage
+from finescope.errors import UserError
+
+MANIFEST = "manifest.json"
+RUN = "run.json"
+_VERSIONS = ("finescope", "torch", "transformers", "ray", "pyarrow", "polars", "datasets", "peft", "deepspeed")
+
+
+class Record(BaseModel):
+    """Base of all records: frozen; an unknown key is an error, as it means another version wrote it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TableFile(Record):
+    """One Parquet file of a table, relative to its step's directory."""
+
+    path: str
+    rows: int
+    bytes: int
+
+
+class Table(Record):
+    """A table of a step. Readers take the files from here and never list a directory."""
+
+    files: tuple[TableFile, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+
+class Manifest(Record):
+    """What a step did. It exists if and only if the step is done."""
+
+    step: str
+    version: int
+    identity: str
+    uri: str  # the step's directory; not part of what is compared, a run may be moved
+    section: dict[str, Any]
+    inputs: dict[str, str]  # step name -> identity
+    rows_in: int
+    rows_out: int
+    rejects: int
+    tables: dict[str, Table]
+    facts: dict[str, Any]  # what later steps and people need to know: sizes, counts, measured figures
+    versions: dict[str, str]
+    machine: str
+    started: str
+    finished: str
+    seconds: float
+
+    def files(self, table: str) -> list[str]:
+        """The URIs of a table's files, in order."""
+        return [storage.join(self.uri, file.path) for file in self.tables[table].files]
+
+
+class StepState(Record):
+    """A step as `run.json` tells of it."""
+
+    state: Literal["running", "done", "failed"]
+    path: str  # relative to the output
+    identity: str
+    started: str
+    finished: str | None = None
+    error: str | None = None
+    host: str = ""
+    pid: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the driver that runs it is a living process of this machine."""
+        if self.state != "running" or self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+class RunRecord(Record):
+    """All steps of a run, in the order in which they were begun."""
+
+    finescope: str = ""
+    steps: dict[str, StepState] = {}
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601, to the millisecond."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a result may depend on, where they are installed."""
+    found = {name: version for name in _VERSIONS if (version := installed_version(name))}
+    return {"python": platform.python_version(), **found}
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest in a step's directory, or None where the step is not done."""
+    path = storage.join(uri, MANIFEST)
+    if not storage.exists(path):
+        return None
+    return Manifest.model_validate(storage.read_json(path) | {"uri": uri})
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """The last write of a step."""
+    storage.put_json(storage.join(manifest.uri, MANIFEST), manifest.model_dump(mode="json"))
+
+
+def read_run(output: str) -> RunRecord:
+    """The record of a run; empty where none was begun."""
+    path = storage.join(output, RUN)
+    return RunRecord.model_validate(storage.read_json(path)) if storage.exists(path) else RunRecord()
+
+
+def require_run(output: str) -> RunRecord:
+    """The record of a run that must be there.
+
+    Raises:
+        UserError: there is none.
+    """
+    record = read_run(output)
+    if not record.steps:
+        raise UserError(f"no run at '{output}': it has no {RUN}")
+    return record
+
+
+def mark(output: str, step: str, state: StepState) -> None:
+    """Put a step's state into `run.json`."""
+    record = read_run(output)
+    steps = {name: known for name, known in record.steps.items() if name != step} | {step: state}
+    updated = RunRecord(finescope=installed_version("finescope") or "", steps=steps)
+    storage.put_json(storage.join(output, RUN), updated.model_dump(mode="json"))
+
+
+def manifest_of(output: str, step: str) -> Manifest:
+    """The manifest of a done step of a run.
+
+    Raises:
+        UserError: the run has not done this step.
+    """
+    state = require_run(output).steps.get(step)
+    manifest = read_manifest(storage.join(output, state.path)) if state else None
+    if manifest is None:
+        raise UserError(f"the run at '{output}' has not done step '{step}'")
+    return manifest

@@ -1,0 +1,160 @@
+"""The whole method on one page: which step builds on which, what it does, and a run of them all."""
+
+import contextlib
+import hashlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from finescope import manifest, steps, storage
+from finescope.config import STEPS, Recipe, Section
+from finescope.errors import RecipeError, StepFailed, UserError
+from finescope.manifest import Manifest
+from finescope.runners.base import Context, Reporter, Runner
+from finescope.steps import Outcome, Step, StepInput
+
+
+def steps_of(recipe: Recipe) -> dict[str, Step]:
+    """The steps of a recipe, in order. Pure data: nothing is loaded, only small input files are hashed."""
+    seeds = _contents(recipe.seeds.path)
+    corpus = _values(recipe.corpus)
+    index = Step("index", corpus)
+    model = Step("model", {**_values(recipe.model), "layer": recipe.sae.layer})
+    sae = Step("sae", _values(recipe.sae), (index, model))
+    embed = Step("embed", _values(recipe.embed), (index, model, sae))
+    score = Step("score", {**_values(recipe.score), "seeds": seeds}, (index, model, sae, embed))
+    evaluations = {path: _contents(path) for path in recipe.curate.decontaminate}
+    curate = Step("curate", {**_values(recipe.curate), "evaluations": evaluations}, (index, model, embed, score))
+    prune = Step("prune", _values(recipe.prune), (index, model, embed, curate))
+    distill = Step("distill", _values(recipe.distill), (index, model, embed, curate, prune))
+    held_out = {path: _contents(path) for path in (*recipe.evaluate.target, *recipe.evaluate.general)}
+    evaluation_inputs = (index, model, embed, curate, prune, distill)
+    evaluate = Step("evaluate", {**_values(recipe.evaluate), "seeds": seeds, "held_out": held_out}, evaluation_inputs)
+    report = Step("report", {}, (index, model, sae, embed, score, curate, prune, distill, evaluate))
+    return {step.name: step for step in (index, model, sae, embed, score, curate, prune, distill, evaluate, report)}
+
+
+def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepInput], Outcome]]:
+    """What each step does. Imports torch; a run that has nothing to do never comes here."""
+    from finescope.stages.curate import curate
+    from finescope.stages.distill import distill
+    from finescope.stages.embed import embed
+    from finescope.stages.evaluate import evaluate
+    from finescope.stages.index import index
+    from finescope.stages.model import model
+    from finescope.stages.prune import prune
+    from finescope.stages.report import report
+    from finescope.stages.sae import sae
+    from finescope.stages.score import score
+
+    r = recipe
+    return {
+        "index": lambda step: index(context, r.corpus, step),
+        "model": lambda step: model(context, r.model, r.sae.layer, step),
+        "sae": lambda step: sae(context, r.corpus, r.sae, step),
+        "embed": lambda step: embed(context, r.corpus, r.embed, step),
+        "score": lambda step: score(context, r.corpus, r.seeds, r.score, r.embed, step),
+        "curate": lambda step: curate(context, r.corpus, r.curate, step),
+        "prune": lambda step: prune(context, r.corpus, r.prune, step),
+        "distill": lambda step: distill(context, r.corpus, r.distill, step),
+        "evaluate": lambda step: evaluate(context, r.corpus, r.seeds, r.evaluate, step),
+        "report": lambda step: report(r, step),
+    }
+
+
+def run(recipe: Recipe, reporter: Reporter, until: str | None = None) -> dict[str, Manifest]:
+    """Run what is missing, in order, up to step `until`. What is done with the same recipe is not touched.
+
+    Raises:
+        UserError: the input is wrong; nothing was lost.
+        StepFailed: a step failed; `log_path` of the error is where its traceback is.
+    """
+    recipe = recipe.model_copy(update={"output": storage.absolute(recipe.output)})
+    output = recipe.output
+    plan = _until(prepared(recipe, reporter), until)
+    done = {name: found for name, step in plan.items() if (found := steps.finished(step, output))}
+    if len(done) == len(plan):
+        for step in plan.values():
+            steps.point_at(step, output, done[step.name])
+        reporter.note(f"nothing to do: all {len(plan)} steps of '{output}' are done")
+        return done
+    _check_resources(recipe)
+    with _runner(recipe, reporter) as runner:
+        functions = functions_of(recipe, Context(runner, reporter))
+        for name, step in plan.items():
+            with _failures(name, output):
+                manifest_ = steps.run(step, output, functions[name])
+            if name not in done:
+                reporter.note(f"{name}: done in {manifest_.seconds:.1f} s, {_counts(manifest_)}{manifest_.uri}")
+            done[name] = manifest_
+    return done
+
+
+def prepared(recipe: Recipe, reporter: Reporter) -> dict[str, Step]:
+    """The steps of a recipe whose inputs, where finescope itself makes them, are made."""
+    if recipe.prepare == "python-docs":
+        from finescope.corpus.demo_inputs import prepare
+
+        prepare(storage.join(recipe.output, "inputs"), reporter)
+    return steps_of(recipe)
+
+
+def _until(plan: dict[str, Step], last: str | None) -> dict[str, Step]:
+    if last is None:
+        return plan
+    if last not in plan:
+        raise RecipeError(f"--until {last}: no such step; steps: {', '.join(STEPS)}")
+    return {name: plan[name] for name in STEPS[: STEPS.index(last) + 1]}
+
+
+def _check_resources(recipe: Recipe) -> None:
+    from finescope.plan import check_resources
+
+    check_resources(recipe)
+
+
+@contextlib.contextmanager
+def _runner(recipe: Recipe, reporter: Reporter) -> Iterator[Runner]:
+    if recipe.compute.runner == "local":
+        from finescope.runners.local import LocalRunner
+
+        runner: Runner = LocalRunner()
+    else:
+        from finescope.runners.ray_cluster import RayRunner
+
+        runner = RayRunner(recipe.compute, reporter)
+    try:
+        yield runner
+    finally:
+        runner.close()
+
+
+@contextlib.contextmanager
+def _failures(name: str, output: str) -> Iterator[None]:
+    """Keep the traceback of a failed step beside the run, and name the step and the place in the error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log = storage.join(output, "logs", f"{name}-{manifest.now().replace(':', '')}.log")
+        storage.put_bytes(log, "".join(traceback.format_exception(error)).encode())
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "" if isinstance(error, StepFailed) else f"{type(error).__name__}: "
+        failure = StepFailed(f"step '{name}' failed: {kind}{reason}")
+        failure.log_path = log
+        raise failure from error
+
+
+def _values(section: Section) -> dict[str, Any]:
+    return section.model_dump(mode="json")
+
+
+def _contents(path: str) -> str:
+    """A hash of a small input file, so that a changed one is noticed; a missing one is its step's error to report."""
+    found = [file for file in storage.glob(path)]
+    return hashlib.sha256(b"".join(storage.read_bytes(file.path) for file in found)).hexdigest()[:16]
+
+
+def _counts(record: Manifest) -> str:
+    return f"{record.rows_out:,} rows, {record.rejects:,} rejects, " if record.rows_in else ""

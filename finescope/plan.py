@@ -1,0 +1,222 @@
+"""What a run will cost, before it begins: documents, tokens, floating-point operations, peak memory, disk.
+
+Estimates, from sizes alone: a forward pass of one token costs two operations a weight, a backward pass four.
+"""
+
+import json as json_
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from finescope import steps, storage
+from finescope.config import Recipe
+from finescope.corpus.files import resolve
+from finescope.corpus.units import inspect_file
+from finescope.errors import ResourceError
+from finescope.models.load import load_meta_model
+from finescope.models.size import Size, size_of
+from finescope.models.source import resolve as resolve_model
+from finescope.pipeline import steps_of
+
+# Bytes of text a token, for estimates before anything is tokenised.
+_BYTES_PER_TOKEN = 4
+# A process with torch and transformers in it, before any weight.
+_PROCESS = 700_000_000
+# An embedded document: locator and id, and what a kept latent takes after compression (id i32, value f16).
+_ROW_BYTES, _LATENT_BYTES = 40, 5
+# Files of the corpus that are looked into where `index` has not run; the rest is assumed to be like them.
+_SAMPLED_FILES = 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step takes."""
+
+    step: str
+    done: bool
+    documents: int
+    tokens: int
+    flops: float
+    memory_bytes: int  # of the largest process
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How much there is to read."""
+
+    documents: int
+    mean_bytes: float
+
+    def tokens(self, most: int) -> int:
+        """Tokens of a mean document, of which `most` are read."""
+        return int(min(most, max(2.0, self.mean_bytes / _BYTES_PER_TOKEN)))
+
+
+def costs(recipe: Recipe) -> list[Cost]:
+    """The cost of each step.
+
+    Raises:
+        CorpusError, ModelError: the corpus or the model cannot be used.
+    """
+    output = storage.absolute(recipe.output)
+    plan = steps_of(recipe)
+    done = {name for name, step in plan.items() if steps.finished(step, output)}
+    corpus = _corpus(recipe)
+    source = resolve_model(recipe.model)
+    model = size_of(load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code), recipe.model.dtype)
+    copied = model.weight_bytes if source.kind == "gguf" else 0
+    found = [
+        Cost("index", "index" in done, corpus.documents, 0, 0.0, _PROCESS, 0),
+        Cost("model", "model" in done, 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
+        *_dictionary_costs(recipe, corpus, model, done),
+        *_model_costs(recipe, corpus, model, done),
+    ]
+    return sorted(found, key=lambda cost: list(plan).index(cost.step))
+
+
+def check_resources(recipe: Recipe) -> None:
+    """Hold the estimates of what is left to do against this machine, before anything is computed.
+
+    Raises:
+        ResourceError: not enough disk where the output goes, or not enough memory here. Memory of a cluster that is
+            joined is for its scheduler to judge.
+    """
+    left = [cost for cost in costs(recipe) if not cost.done]
+    free = storage.free_bytes(storage.absolute(recipe.output))
+    disk = sum(cost.disk_bytes for cost in left)
+    if free is not None and disk > free:
+        raise ResourceError(f"output: '{recipe.output}' has {_gb(free)} free; the plan needs about {_gb(disk)} (`finescope plan`)")
+    joined = recipe.compute.runner == "ray" and (recipe.compute.address or os.environ.get("RAY_ADDRESS"))
+    most = max(left, key=lambda cost: cost.memory_bytes, default=None)
+    available = available_memory()
+    if most is not None and available is not None and not joined and most.memory_bytes > available:
+        raise ResourceError(
+            f"step '{most.step}' needs about {_gb(most.memory_bytes)} of memory and {_gb(available)} are available (`finescope plan`)"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a new process could take on this machine; None where the system does not tell."""
+    found = []
+    information = Path("/proc/meminfo")
+    if information.exists():
+        lines = dict(line.split(":", 1) for line in information.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found, default=None)
+
+
+def show(recipe: Recipe, as_json: bool) -> None:
+    """Print the plan on stdout, then hold it against the machine."""
+    planned = costs(recipe)
+    if as_json:
+        print(json_.dumps([asdict(cost) for cost in planned], indent=2))  # noqa: T201
+    else:
+        table = Table("step", "state", "documents", "tokens", "FLOPs", "peak memory", "disk", box=None, pad_edge=False)
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for cost in planned:
+            state = "done" if cost.done else "to do"
+            flops = f"{cost.flops:.1e}" if cost.flops else "-"
+            sizes = (f"{cost.documents:,}", f"{cost.tokens:,}", flops, _gb(cost.memory_bytes), _gb(cost.disk_bytes))
+            table.add_row(cost.step, state, *sizes)
+        Console(width=100).print(table)
+    check_resources(recipe)
+
+
+def _corpus(recipe: Recipe) -> Corpus:
+    """Documents and their mean size: Parquet footers and line counts of the first files, scaled to all bytes."""
+    files = resolve(recipe.corpus)
+    section = recipe.corpus.model_copy(update={"id": None})
+    looked_at = [(file, inspect_file(file, section)) for file in files[:_SAMPLED_FILES]]
+    rows = sum(unit["num_rows"] for _, found in looked_at for unit in found.documents.to_pylist())
+    text = sum(unit["bytes"] for _, found in looked_at for unit in found.documents.to_pylist())
+    scale = sum(file.info.size for file in files) / max(1, sum(file.info.size for file, _ in looked_at))
+    documents = int(rows * scale)
+    return Corpus(min(documents, recipe.corpus.limit or documents), text / max(rows, 1))
+
+
+def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) -> list[Cost]:
+    """`sae`, `embed`, `score`, `curate`: what goes over the corpus with the first blocks and the dictionary."""
+    sae, embed = recipe.sae, recipe.embed
+    coordinates = model.d_model if sae.coordinates.method == "all" else min(sae.coordinates.count, model.d_model)
+    dictionary = 2 * coordinates * sae.num_latents
+    blocks = model.block_parameters * sae.layer / model.num_layers
+    weights = int((blocks + model.embedding_parameters) * model.bytes_per_parameter)
+    trained = min(sae.num_tokens, corpus.documents * corpus.tokens(sae.max_tokens))
+    tokens = corpus.documents * corpus.tokens(embed.max_tokens)
+    buffer = 4 * coordinates * min(sae.buffer_tokens, trained)
+    row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents
+    curated = min(recipe.curate.documents, corpus.documents)
+    sae_flops = trained * (2 * blocks + 6 * dictionary * sae.epochs)
+    return [
+        # Weights, their gradient and two moments of Adam's, fp32; the activations of a step.
+        Cost(
+            "sae",
+            "sae" in done,
+            0,
+            trained,
+            sae_flops,
+            _PROCESS + weights + buffer + 16 * dictionary + 12 * sae.batch_tokens * sae.num_latents,
+            4 * dictionary,
+        ),
+        Cost(
+            "embed",
+            "embed" in done,
+            corpus.documents,
+            tokens,
+            tokens * (2.0 * blocks + dictionary),
+            _PROCESS + weights + 4 * dictionary + 8 * embed.batch_tokens * sae.num_latents,
+            corpus.documents * row,
+        ),
+        Cost("score", "score" in done, corpus.documents, 0, 0.0, _PROCESS, corpus.documents * _ROW_BYTES),
+        Cost("curate", "curate" in done, curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes)),
+    ]
+
+
+def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) -> list[Cost]:
+    """`prune`, `distill`, `evaluate`, `report`: what runs the whole model over few documents."""
+    prune, distill, evaluate = recipe.prune, recipe.distill, recipe.evaluate
+    curated = min(recipe.curate.documents, corpus.documents)
+    calibrated = min(prune.documents, curated) * corpus.tokens(prune.max_tokens)
+    kept = 1 - prune.ratio * model.block_parameters / model.num_parameters
+    student = int(model.weight_bytes * kept)
+    rewritten = int(curated * distill.rewrite_share * distill.rewrite) * (
+        min(distill.rewrite_tokens, corpus.tokens(distill.rewrite_tokens)) + corpus.tokens(distill.max_tokens)
+    )
+    trained = curated * distill.epochs * corpus.tokens(distill.max_tokens) * (1 + distill.control)
+    operations = 4 if distill.method == "lora" else 6  # LoRA needs no gradient of the frozen weights
+    training = int(model.num_parameters * kept) * (16 if distill.method == "full" else 4)
+    sets = 2 * evaluate.documents * corpus.tokens(evaluate.max_tokens) * (3 + distill.control)
+    head = 12 * min(distill.micro_batch_tokens, 1024) * model.vocab_size
+    full = model.num_parameters
+    prune_flops = calibrated * full * (6.0 if prune.method == "taylor" else 0.0) + calibrated * full * 4.0 * prune.compensate
+    distill_flops = 2.0 * full * rewritten + operations * kept * full * trained
+    students = student * (1 + distill.control)
+    return [
+        Cost(
+            "prune", "prune" in done, min(prune.documents, curated), calibrated, prune_flops, _PROCESS + 3 * model.weight_bytes, student
+        ),
+        # Two checkpoints are kept; an adapter's are small beside the students.
+        Cost(
+            "distill",
+            "distill" in done,
+            curated,
+            rewritten + trained,
+            distill_flops,
+            _PROCESS + training + head,
+            students + (2 * training if distill.method == "full" else students // 4),
+        ),
+        Cost("evaluate", "evaluate" in done, 2 * evaluate.documents, sets, 2.0 * full * sets, _PROCESS + model.weight_bytes + head, 0),
+        Cost("report", "report" in done, 0, 0, 0.0, _PROCESS // 4, 1_000_000),
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

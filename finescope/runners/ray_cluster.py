@@ -1,0 +1,112 @@
+"""The runner on Ray: joins the cluster that the recipe or RAY_ADDRESS names, else starts one on this machine."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+# Ray reports usage over the network unless told not to; a tool that runs at night on other people's data does not.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+
+from finescope.config import ComputeSection
+from finescope.errors import ResourceError
+from finescope.runners import ray_data, ray_train
+from finescope.runners.base import Progress, Reporter, Resources, Result, TableWorker
+
+# What every worker of the run sees, on every node.
+_WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+class RayRunner:
+    """Ray Data for what goes over the corpus, one task for what needs one machine, Ray Train for training."""
+
+    name = "ray"
+
+    def __init__(self, compute: ComputeSection, reporter: Reporter) -> None:
+        self._compute = compute
+        self._started_here = not ray.is_initialized()
+        if self._started_here:
+            self._connect(compute.address or os.environ.get("RAY_ADDRESS"), reporter)
+        self._gpus = float(ray.cluster_resources().get("GPU", 0))
+
+    def _connect(self, address: str | None, reporter: Reporter) -> None:
+        variables = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TRANSFORMERS_"))}
+        runtime = {"env_vars": {**_WORKER_ENVIRONMENT, **variables}}
+        # Inside a job the job's own runtime environment is already there, and Ray merges the two.
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime}
+        try:
+            if address:
+                ray.init(address=address, **settings)
+                reporter.note(f"joined the Ray cluster at {address}")
+            else:
+                ray.init(address="local", include_dashboard=False, **settings)
+                reporter.note(f"started Ray on this machine with {int(ray.cluster_resources().get('CPU', 0))} CPUs")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"the Ray cluster at '{address}'" if address else "Ray on this machine"
+            raise ResourceError(f"cannot reach {where} (compute.address, RAY_ADDRESS): {error}") from error
+
+    def map(
+        self, worker: Callable[..., TableWorker], arguments: tuple[Any, ...], units: pa.Table, resources: Resources
+    ) -> Iterator[pa.Table]:
+        """See `Runner.map`. `compute.actors: auto` takes what the cluster has and can grow to."""
+        options = self._options(resources)
+        if self._compute.actors == "auto":
+            # The pool's upper end is the number of units: an autoscaling cluster grows until they are all at work.
+            actors = (1, max(units.num_rows, 1))
+        else:
+            actors = (self._compute.actors, self._compute.actors)
+        with _plain_errors():
+            yield from ray_data.map_units(worker, arguments, units, actors, options)
+
+    def call(
+        self, function: Callable[..., Result], arguments: tuple[Any, ...], progress: Progress, resources: Resources
+    ) -> Result:
+        """See `Runner.call`."""
+        with _plain_errors():
+            return ray_data.call_remote(function, arguments, progress, self._options(resources))
+
+    def train(
+        self, loop: Callable[..., None], arguments: tuple[Any, ...], progress: Progress, resources: Resources, zero_stage: int
+    ) -> None:
+        """See `Runner.train`. `compute.train_workers: auto` is one worker a GPU, or two on CPUs alone."""
+        workers = self._compute.train_workers
+        if workers == "auto":
+            workers = int(self._gpus) or min(2, int(ray.cluster_resources().get("CPU", 1)))
+        with _plain_errors():
+            ray_train.train(loop, arguments, progress, resources, workers, bool(self._gpus), zero_stage)
+
+    def close(self) -> None:
+        """Shut down the session where this runner began it; a cluster that was joined stays."""
+        if self._started_here:
+            ray.shutdown()
+
+    def _options(self, resources: Resources) -> dict[str, Any]:
+        gpus = self._compute.gpus_per_actor
+        if gpus == "auto":
+            gpus = 1.0 if self._gpus and resources.accelerator else 0.0
+        options: dict[str, Any] = {"num_cpus": self._compute.cpus_per_actor, "num_gpus": gpus}
+        stated = self._compute.memory_per_actor_gb
+        memory = int(stated * 1e9) if stated else resources.memory_bytes
+        return {**options, "memory": memory} if memory else options
+
+
+class _plain_errors:  # noqa: N801  (a context manager is named like a function)
+    """Let an error of a worker come out as it was raised there, without the frames that Ray put around it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            cause = getattr(error, "cause", None) or error.__cause__
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, Exception):
+                raise cause
+            if not isinstance(cause, BaseException):
+                return
+            error = cause

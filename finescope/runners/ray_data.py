@@ -1,0 +1,89 @@
+"""`map` and `call` on a Ray cluster: Ray Data with a pool of actors, and one remote task."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.util.queue import Empty, Queue
+
+from finescope.runners.base import Progress, Resources, Result, TableWorker
+
+# Loading a large model takes minutes, in which Ray Data sees no progress.
+_NO_PROGRESS_TIMEOUT_S = 3600
+
+
+def map_units(
+    worker: Callable[..., TableWorker],
+    arguments: tuple[Any, ...],
+    units: pa.Table,
+    actors: tuple[int, int],
+    options: dict[str, Any],
+) -> Iterator[pa.Table]:
+    """Apply `worker(*arguments)` to each row of `units` on a pool of `actors` (least, most), in any order.
+
+    `options` are an actor's resources: num_cpus, num_gpus, memory (bytes).
+    """
+    if units.num_rows == 0:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.wait_for_min_actors_s = _NO_PROGRESS_TIMEOUT_S
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    least, most = min(actors[0], units.num_rows), min(actors[1], units.num_rows)
+    # One block a unit: a unit is what an actor takes at a time, and what is done again when the actor is lost.
+    dataset = ray.data.from_arrow([units.slice(index, 1) for index in range(units.num_rows)]).map_batches(
+        _Adapter,
+        fn_constructor_args=(worker, arguments),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+        **options,
+    )
+    for reference in dataset.iter_internal_ref_bundles():
+        for block, _ in reference.blocks:
+            yield ray.get(block)
+
+
+class _Adapter:
+    """A table worker as Ray Data wants it: errors that users can act on travel as they are."""
+
+    def __init__(self, worker: Callable[..., TableWorker], arguments: tuple[Any, ...]) -> None:
+        self._worker = worker(*arguments)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self._worker(batch)
+
+
+def call_remote(
+    function: Callable[..., Result], arguments: tuple[Any, ...], progress: Progress, options: dict[str, Any]
+) -> Result:
+    """Run `function(*arguments, progress)` as one Ray task; its progress is told here while it runs."""
+    queue = Queue(actor_options={"num_cpus": 0})
+    ended = threading.Event()
+    listener = threading.Thread(target=_listen, args=(queue, progress, ended), daemon=True)
+    listener.start()
+    try:
+        task = ray.remote(_call).options(max_retries=3, **options)
+        return ray.get(task.remote(function, arguments, queue))
+    finally:
+        ended.set()
+        listener.join()
+        queue.shutdown()
+
+
+def _call(function: Callable[..., Result], arguments: tuple[Any, ...], queue: Queue) -> Result:
+    return function(*arguments, queue.put)
+
+
+def _listen(queue: Queue, progress: Progress, ended: threading.Event) -> None:
+    while True:
+        try:
+            progress(queue.get(timeout=0.5))
+        except Empty:
+            if ended.is_set():
+                return

@@ -1,0 +1,76 @@
+"""The Arrow schema of each table, and the one function that holds a table to it."""
+
+import pyarrow as pa
+
+DOCUMENTS = pa.schema(
+    [("file", pa.string()), ("row_group", pa.int32()), ("num_rows", pa.int64()), ("bytes", pa.int64()), ("etag", pa.string())]
+)
+EMBEDDINGS = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("file", pa.int32()),
+        ("row_group", pa.int32()),
+        ("row", pa.int32()),
+        ("num_tokens", pa.int32()),
+        ("fvu", pa.float32()),
+        ("latent_ids", pa.list_(pa.int32())),
+        ("latent_values", pa.list_(pa.float16())),
+    ]
+)
+SCORES = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("file", pa.int32()),
+        ("row_group", pa.int32()),
+        ("row", pa.int32()),
+        ("num_tokens", pa.int32()),
+        ("score", pa.float32()),
+        ("seed", pa.int32()),
+        ("top_latents", pa.list_(pa.int32())),
+    ]
+)
+# `curated` carries all the columns of the source row between `seed` and `text`; these four stand around them.
+CURATED_HEAD = pa.schema([("rank", pa.int64()), ("doc_id", pa.string()), ("score", pa.float32()), ("seed", pa.int32())])
+CURATED_TAIL = pa.schema([("text", pa.string())])
+REJECTS = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("step", pa.string()),
+        ("file", pa.string()),
+        ("row_group", pa.int32()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+IMPORTANCE = pa.schema(
+    [
+        ("layer", pa.int32()),
+        ("kind", pa.string()),
+        ("group_index", pa.int32()),
+        ("importance", pa.float32()),
+        ("num_params", pa.int64()),
+        ("kept", pa.bool_()),
+    ]
+)
+REWRITES = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("prompt", pa.string()),
+        ("response_original", pa.string()),
+        ("response", pa.string()),
+        ("used", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+METRICS = pa.schema([("step", pa.string()), ("name", pa.string()), ("value", pa.float64()), ("time", pa.timestamp("us", tz="UTC"))])
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Select the schema's columns in its order and cast them safely. Once where a table is written, once where it is read.
+
+    Raises:
+        KeyError: a column is missing.
+        pa.ArrowInvalid: a value does not fit its column's type.
+    """
+    return pa.table([table.column(field.name).cast(field.type) for field in schema], schema=schema)

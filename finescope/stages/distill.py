@@ -1,0 +1,205 @@
+"""`distill`: the unpruned model rewrites the curated documents, the pruned one is trained on them, and a control beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from finescope import schemas, storage
+from finescope.config import CorpusSection, DistillSection
+from finescope.corpus.text import prompt_and_response
+from finescope.distillation import loop
+from finescope.distillation.examples import build_examples, to_table
+from finescope.distillation.loop import TrainJob
+from finescope.distillation.rewrite import Rewriter
+from finescope.errors import StepFailed
+from finescope.manifest import TableFile
+from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
+from finescope.runners.base import Context, Resources
+from finescope.stages.cards import model_card
+from finescope.stages.references import memory_bytes, model_of, random_documents, read_located
+from finescope.steps import Outcome, StepInput
+
+# Documents of a unit of rewriting: what is done again after a crash, and what one actor takes at a time.
+_REWRITE_UNIT = 64
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What one document gives to train on; without a prompt it is plain text."""
+
+    doc_id: str
+    prompt: str | None
+    response: str
+
+
+@dataclass(frozen=True)
+class _RewriteJob:
+    """What an actor that rewrites is sent."""
+
+    model: ModelReference
+    section: DistillSection
+    table_uri: str
+
+
+class _Rewrite:
+    """Rewrites one unit of documents and writes its shard; the table worker of the first half of this step."""
+
+    def __init__(self, job: _RewriteJob) -> None:
+        self._job = job
+        self._rewriter: Rewriter | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        unit = batch.to_pylist()[0]
+        pairs = [_Pair(*pair) for pair in zip(unit["doc_ids"], unit["prompts"], unit["responses"], strict=True)]
+        if self._rewriter is None:
+            tokenizer = load_tokenizer(self._job.model)
+            self._rewriter = Rewriter(load_model(self._job.model), tokenizer, self._job.section)
+        table = self._rewriter([(p.doc_id, p.prompt, p.response) for p in pairs], unit["selected"])
+        name = f"part-{unit['unit']:06d}.parquet"
+        size = storage.put_parquet(storage.join(self._job.table_uri, name), table)
+        return pa.table({"unit": [unit["unit"]], "rows": [table.num_rows], "bytes": [size]})
+
+
+def distill(context: Context, corpus: CorpusSection, section: DistillSection, step: StepInput) -> Outcome:
+    """Rewrite, train, merge; rows are those of `rewrites`.
+
+    Raises:
+        StepFailed: there is nothing to train on, or the training diverges.
+    """
+    model = model_of(step["model"])
+    (path,) = step["curate"].files("curated")
+    curated = storage.read_parquet(path)
+    documents = curated
+    if section.data == "random":
+        documents = _random(context, corpus, section, step, model, curated)
+    pairs = _pairs(documents, corpus)
+    rewrites = _rewrite(context, section, model, pairs, step.uri, "rewrites")
+    trained = _train(context, section, step, rewrites, "", None)
+    tables = {"rewrites": rewrites, "metrics": _metrics(step.uri, "")}
+    facts: dict[str, Any] = {**trained, "reference": _reference(step, model, "").model_dump(mode="json")}
+    if section.control:
+        chosen = _random(context, corpus, section, step, model, curated)
+        control = _rewrite(context, section, model, _pairs(chosen, corpus), step.uri, "control/rewrites")
+        outcome = _train(context, section, step, control, "control", trained["training_tokens"])
+        tables |= {"control_rewrites": control, "control_metrics": _metrics(step.uri, "control")}
+        facts["control"] = {**outcome, "reference": _reference(step, model, "control").model_dump(mode="json")}
+    rows = sum(file.rows for file in rewrites)
+    return Outcome(len(pairs), rows, 0, tables, facts)
+
+
+def _random(
+    context: Context, corpus: CorpusSection, section: DistillSection, step: StepInput, model: ModelReference, curated: pa.Table
+) -> pa.Table:
+    """As many documents as were curated, drawn from the whole corpus."""
+    located = random_documents(step["embed"], curated.num_rows, section.seed, ())
+    table = read_located(context, step["index"], model, corpus, located, "distill: random documents")
+    return table.append_column("doc_id", pa.array(located["doc_id"].to_list(), pa.string()))
+
+
+def _pairs(documents: pa.Table, corpus: CorpusSection) -> list[_Pair]:
+    """Prompt and response of each document, as the recipe or the columns' names tell; else its text alone."""
+    ids, texts = documents.column("doc_id").to_pylist(), documents.column("text").to_pylist()
+    prompt, response = prompt_and_response(corpus, documents.column_names)
+    if prompt is None or response is None:
+        return [_Pair(doc_id, None, text) for doc_id, text in zip(ids, texts, strict=True)]
+    rendered = zip(ids, texts, prompt.render(documents), response.render(documents), strict=True)
+    return [_Pair(doc_id, ask, answer) if ask and answer else _Pair(doc_id, None, text) for doc_id, text, ask, answer in rendered]
+
+
+def _rewrite(
+    context: Context, section: DistillSection, model: ModelReference, pairs: Sequence[_Pair], uri: str, name: str
+) -> tuple[TableFile, ...]:
+    """The shards of `rewrites`. Units whose shard is there are not done again."""
+    table_uri = storage.join(uri, name)
+    there = set(storage.list_names(table_uri))
+    selected = round(section.rewrite_share * len(pairs)) if section.rewrite else 0
+    units = []
+    for number, start in enumerate(range(0, len(pairs), _REWRITE_UNIT)):
+        part = pairs[start : start + _REWRITE_UNIT]
+        columns = {"doc_ids": [p.doc_id for p in part], "prompts": [p.prompt for p in part], "responses": [p.response for p in part]}
+        units.append({"unit": number, **columns, "selected": max(0, min(len(part), selected - start))})
+    left = [unit for unit in units if f"part-{unit['unit']:06d}.parquet" not in there]
+    with context.reporter.task("distill: rewriting", len(pairs), "documents") as progress:
+        progress(len(pairs) - sum(len(unit["doc_ids"]) for unit in left))
+        work = pa.Table.from_pylist(left, schema=_UNITS)
+        job = _RewriteJob(model, section, table_uri)
+        for record in context.runner.map(_Rewrite, (job,), work, Resources(memory_bytes(model, 1.5))):
+            progress(sum(record.column("rows").to_pylist()))
+    shards = [storage.join(name, f"part-{unit['unit']:06d}.parquet") for unit in units]
+    infos = [(path, storage.join(uri, path)) for path in shards]
+    return tuple(
+        TableFile(path=path, rows=storage.read_parquet(full, ["doc_id"]).num_rows, bytes=storage.info(full).size)
+        for path, full in infos
+    )
+
+
+_UNITS = pa.schema(
+    [
+        ("unit", pa.int64()),
+        ("doc_ids", pa.list_(pa.string())),
+        ("prompts", pa.list_(pa.string())),
+        ("responses", pa.list_(pa.string())),
+        ("selected", pa.int64()),
+    ]
+)
+
+
+def _train(
+    context: Context,
+    section: DistillSection,
+    step: StepInput,
+    rewrites: Sequence[TableFile],
+    folder: str,
+    cap_tokens: int | None,
+) -> dict[str, Any]:
+    """Train one student on a table of rewrites; its files go to `folder` of the step. Returns facts about it."""
+    student = ModelReference.model_validate(step["prune"].facts["reference"])
+    home = storage.join(step.uri, folder) if folder else step.uri
+    tables = [storage.read_parquet(storage.join(step.uri, file.path)) for file in rewrites]
+    table = schemas.conform(pa.concat_tables(tables), schemas.REWRITES)
+    tokenizer = load_tokenizer(student)
+    pairs = zip(table.column("prompt").to_pylist(), table.column("response").to_pylist(), strict=True)
+    built = build_examples(tokenizer, pairs, section.max_tokens)
+    if not built.examples:
+        raise StepFailed("no document is left to train on: each is shorter than two tokens, or all prompt")
+    examples_uri = storage.join(home, "examples", "part-000000.parquet")
+    storage.put_parquet(examples_uri, to_table(built.examples))
+    job = TrainJob(student.path, examples_uri, section, storage.join(home, "checkpoints"), home, cap_tokens)
+    planned = loop.plan(job)
+    if not storage.exists(storage.join(home, "trained.json")):
+        name = f"distill: {folder or 'training'}"
+        copies = 5.0 if section.method == "full" else 1.5
+        with context.reporter.task(name, len(planned.steps), "steps") as progress:
+            resources = Resources(memory_bytes(student, copies))
+            context.runner.train(loop.train, (job,), progress, resources, section.zero_stage)
+        _write_card(step, section, home, folder or "recovered", planned.tokens)
+        storage.put_json(storage.join(home, "trained.json"), {"tokens": planned.tokens, "steps": len(planned.steps)})
+        storage.delete(storage.join(home, "checkpoints"))
+    used = table.column("used").to_pylist()
+    return {
+        "training_tokens": planned.tokens,
+        "training_steps": len(planned.steps),
+        "examples": len(built.examples),
+        "truncated": built.truncated,
+        "dropped": len(built.dropped),
+        "rewritten": used.count("rewrite"),
+    }
+
+
+def _write_card(step: StepInput, section: DistillSection, home: str, kind: str, tokens: int) -> None:
+    facts = {"method": section.method, "rank": section.rank, "learning rate": section.learning_rate, "training tokens": tokens}
+    sizes = {key: step["prune"].facts[key] for key in ("parameters_before", "parameters_after", "ratio_reached")}
+    card = model_card(model_of(step["model"]), step["model"].facts["source"], kind, {**sizes, **facts})
+    storage.put_bytes(storage.join(home, "model", "README.md"), card.encode())
+
+
+def _metrics(uri: str, folder: str) -> tuple[TableFile, ...]:
+    path = storage.join(folder, "metrics/part-00000.parquet") if folder else "metrics/part-00000.parquet"
+    full = storage.join(uri, path)
+    return (TableFile(path=path, rows=storage.read_parquet(full, ["name"]).num_rows, bytes=storage.info(full).size),)
+
+
+def _reference(step: StepInput, model: ModelReference, folder: str) -> ModelReference:
+    return reference_of(storage.join(step.uri, folder, "model") if folder else storage.join(step.uri, "model"), model, step.identity + folder)

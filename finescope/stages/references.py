@@ -1,0 +1,101 @@
+"""What the stages share: the model of a run, the memory it takes, tables of one shard, and documents by locator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from finescope import storage
+from finescope.config import CorpusSection
+from finescope.corpus.documents import read_selected
+from finescope.manifest import Manifest, TableFile
+from finescope.models.load import ModelReference, load_tokenizer
+from finescope.runners.base import Context, Resources
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A process with torch, transformers and a Ray worker in it, before any weight.
+_PROCESS_BYTES = 700_000_000
+
+
+def model_of(manifest: Manifest) -> ModelReference:
+    """The language model of a run, from its `model` step."""
+    return ModelReference.model_validate(manifest.facts["reference"])
+
+
+def memory_bytes(model: ModelReference, copies: float = 1.0) -> int:
+    """Resident memory of a process that holds `copies` of the model's weights."""
+    return _PROCESS_BYTES + int(copies * model.num_parameters * _BYTES[model.dtype])
+
+
+def write_table(uri: str, name: str, table: pa.Table) -> tuple[TableFile, ...]:
+    """Write a table as one shard."""
+    path = f"{name}/part-000000.parquet"
+    size = storage.put_parquet(storage.join(uri, path), table)
+    return (TableFile(path=path, rows=table.num_rows, bytes=size),)
+
+
+def index_units(index: Manifest) -> list[dict[str, Any]]:
+    """The units of the corpus in order: rows of `documents` with `unit`, and `file_index`, the number of the file."""
+    (path,) = index.files("documents")
+    rows = storage.read_parquet(path).to_pylist()
+    numbers = {file: number for number, file in enumerate(dict.fromkeys(row["file"] for row in rows))}
+    return [row | {"unit": unit, "file_index": numbers[row["file"]]} for unit, row in enumerate(rows)]
+
+
+class _Select:
+    """Reads some rows of one unit; the table worker behind `read_located`."""
+
+    def __init__(self, section: CorpusSection, model: ModelReference) -> None:
+        self._section = section
+        self._tokenizer = load_tokenizer(model) if section.messages else None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        unit = batch.to_pylist()[0]
+        table = read_selected(unit, unit["rows"], self._section, self._tokenizer)
+        unit_column = pa.array([unit["unit"]] * table.num_rows, pa.int64())
+        return table.append_column("__unit", unit_column)
+
+
+def read_located(
+    context: Context, index: Manifest, model: ModelReference, section: CorpusSection, located: pl.DataFrame, name: str
+) -> pa.Table:
+    """Read the source rows that `located` (file, row_group, row) names, in its order, all columns and `text`.
+
+    Only the row groups that hold one of them are opened.
+    """
+    units = {(unit["file_index"], unit["row_group"]): unit for unit in index_units(index)}
+    wanted: dict[int, dict[str, Any]] = {}
+    for file, row_group, row in located.select("file", "row_group", "row").iter_rows():
+        unit = units[file, row_group]
+        wanted.setdefault(unit["unit"], unit | {"rows": []})["rows"].append(row)
+    tables = []
+    with context.reporter.task(name, located.height, "documents") as progress:
+        work = pa.Table.from_pylist(list(wanted.values()))
+        for table in context.runner.map(_Select, (section, model), work, Resources(accelerator=False)):
+            tables.append(table)
+            progress(table.num_rows)
+    if not tables:
+        return pa.table({"text": pa.array([], pa.string())})
+    read = pa.concat_tables(tables, promote_options="permissive")
+    places = {place: at for at, place in enumerate(zip(_ints(read, "__unit"), _ints(read, "__row"), strict=True))}
+    order = [
+        places[units[file, row_group]["unit"], row]
+        for file, row_group, row in located.select("file", "row_group", "row").iter_rows()
+    ]
+    return read.take(pa.array(order, pa.int64())).drop_columns(["__unit", "__row"])
+
+
+def random_documents(embeddings: Manifest, count: int, seed: int, without: Sequence[str]) -> pl.DataFrame:
+    """A uniform sample of embedded documents (doc_id, file, row_group, row) that are not in `without`.
+
+    The order is that of a hash of id and seed, so that it depends on neither shards nor runners.
+    """
+    frame = pl.scan_parquet(embeddings.files("embeddings")).select("doc_id", "file", "row_group", "row", "num_tokens")
+    frame = frame.filter(~pl.col("doc_id").is_in(list(without)))
+    frame = frame.with_columns(pl.col("doc_id").hash(seed).alias("draw"))
+    return frame.bottom_k(count, by=["draw", "doc_id"]).collect().sort(["draw", "doc_id"]).drop("draw")
+
+
+def _ints(table: pa.Table, name: str) -> list[int]:
+    return table.column(name).to_pylist()

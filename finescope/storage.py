@@ -1,0 +1,296 @@
+"""The only code that touches a file system. Every path is an fsspec URI or a local path.
+
+A file appears whole or not at all: local files are written beside their place, synced and renamed; object stores
+publish an object when its upload ends.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from finescope.errors import CorpusError, ResourceError
+
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+# Written beside a file while it is being made; no reader ever lists names that begin so.
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as it was when it was looked at."""
+
+    path: str
+    size: int  # bytes
+    etag: str  # the store's own tag, or a hash of size and modification time
+
+
+def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of `uri` and the path inside it.
+
+    Raises:
+        ResourceError: the protocol is unknown, or the package that serves it is not installed.
+    """
+    protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+    try:
+        fs, path = fsspec.url_to_fs(uri)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        hint = f"pip install 'finescope[{extra}]'" if extra else str(error)
+        raise ResourceError(f"cannot open '{uri}': the file system '{protocol}' is not installed; {hint}") from error
+    except ValueError as error:
+        raise ResourceError(f"cannot open '{uri}': {error}") from error
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is on this machine's file system."""
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same in every process: local paths become absolute."""
+    return filesystem(uri)[1] if is_local(uri) else uri
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or directory is there."""
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def info(uri: str) -> FileInfo:
+    """Size and etag of one file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    fs, path = filesystem(uri)
+    return _file_info(fs, uri, fs.info(path))
+
+
+def glob(pattern: str) -> list[FileInfo]:
+    """The files that match a glob, or all files below a directory, sorted by path."""
+    fs, path = filesystem(pattern)
+    if any(char in path for char in "*?["):
+        found = fs.glob(path, detail=True)
+    elif fs.isdir(path):
+        found = fs.find(path, detail=True)
+    elif fs.exists(path):
+        found = {path: fs.info(path)}
+    else:
+        found = {}
+    entries = cast(dict[str, dict[str, Any]], found)
+    names = [name for name, entry in entries.items() if entry["type"] == "file" and not _hidden(name)]
+    return [_file_info(fs, str(fs.unstrip_protocol(n)) if not is_local(pattern) else n, entries[n]) for n in sorted(names)]
+
+
+def list_names(directory: str) -> list[str]:
+    """Names of the files directly in a directory, sorted; empty where there is none."""
+    fs, path = filesystem(directory)
+    fs.invalidate_cache(path)
+    if not fs.isdir(path):
+        return []
+    names = [str(entry["name"]).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True) if entry["type"] == "file"]
+    return sorted(name for name in names if not name.startswith("."))
+
+
+@contextlib.contextmanager
+def open_input(uri: str, compression: str | None = None) -> Iterator[BinaryIO]:
+    """A file for reading bytes, decompressed where `compression` (gzip, zstd) is given."""
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb", compression=compression) as file:
+        yield cast(BinaryIO, file)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file."""
+    with open_input(uri) as file:
+        return file.read()
+
+
+def put_bytes(uri: str, data: bytes) -> None:
+    """Write a file so that it is there whole, on disk, or not at all."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        fs.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the table, not in it: a table's directory holds nothing but whole Parquet files, even after a crash.
+    beside = target.parent.parent if target.suffix == ".parquet" else target.parent
+    temporary = beside / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(target.parent)
+
+
+def read_json(uri: str) -> Any:
+    """The parsed JSON file."""
+    return json.loads(read_bytes(uri))
+
+
+def put_json(uri: str, value: Any) -> None:
+    """Write JSON, indented, atomically."""
+    put_bytes(uri, (json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False) + "\n").encode())
+
+
+def put_parquet(uri: str, table: pa.Table, row_group_size: int | None = None) -> int:
+    """Write one Parquet file (zstd) atomically; returns its bytes. The table is encoded in memory first."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
+    data = buffer.getvalue()
+    put_bytes(uri, data)
+    return len(data)
+
+
+def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """The whole Parquet file, or some of its columns."""
+    with open_input(uri) as file:
+        return pq.ParquetFile(file).read(columns=columns)
+
+
+def put_tree(local_directory: Path, uri: str) -> None:
+    """Put a directory's files at `uri`, replacing what an earlier attempt left there.
+
+    On a local disk the directory is renamed into place and so appears whole. On an object store the files appear one
+    by one, so that the record of the step, written after this returns, is what makes them count.
+    """
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    if isinstance(fs, LocalFileSystem):
+        _sync_tree(local_directory)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(str(local_directory), path)
+        _sync_directory(Path(path).parent)
+        return
+    for file in sorted(local_directory.rglob("*")):
+        if file.is_file():
+            put_bytes(join(uri, file.relative_to(local_directory).as_posix()), file.read_bytes())
+
+
+@contextlib.contextmanager
+def scratch_directory(uri: str) -> Iterator[Path]:
+    """A local directory to build something in that `put_tree` then moves to `uri`: on the same disk where it can be."""
+    if is_local(uri):
+        parent = Path(filesystem(uri)[1]).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        root = tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=parent)
+    else:
+        root = tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)
+    try:
+        yield Path(root) / "tree"
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def local_directory(uri: str) -> Iterator[Path]:
+    """A local path with the contents of directory `uri`: itself, or a temporary copy that ends with the context."""
+    if is_local(uri):
+        yield Path(filesystem(uri)[1])
+        return
+    fs, path = filesystem(uri)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as root:
+        for file in fs.find(path):
+            target = Path(root) / str(file)[len(path) :].lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(file, str(target))
+        yield Path(root)
+
+
+def delete(uri: str) -> None:
+    """Remove a file or a directory with all it holds, where it is there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def delete_temporaries(directory: str) -> None:
+    """Remove what writers that were killed left in a local directory and the directories in it."""
+    if is_local(directory):
+        for leftover in Path(filesystem(directory)[1]).rglob(f"{TEMPORARY_PREFIX}*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def free_bytes(uri: str) -> int | None:
+    """Bytes free where `uri` is, or will be; None where the store has no such limit."""
+    if not is_local(uri):
+        return None
+    path = Path(filesystem(uri)[1])
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_unchanged(uri: str, etag: str) -> None:
+    """Hold a file to the etag that the index recorded.
+
+    Raises:
+        CorpusError: it is gone or has changed since.
+    """
+    try:
+        now = info(uri)
+    except FileNotFoundError:
+        raise CorpusError(f"'{uri}' was there when the corpus was indexed and is gone") from None
+    if now.etag != etag:
+        raise CorpusError(f"'{uri}' has changed since the corpus was indexed; give the changed corpus a new output")
+
+
+def _hidden(path: str) -> bool:
+    return path.rsplit("/", 1)[-1].startswith((".", "_"))
+
+
+def _file_info(fs: AbstractFileSystem, uri: str, entry: dict[str, Any]) -> FileInfo:
+    size = int(entry["size"])
+    tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
+    if not tag:
+        changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or entry.get("created")
+        tag = hashlib.sha256(f"{size}:{changed}".encode()).hexdigest()[:16]
+    return FileInfo(uri, size, str(tag).strip('"'))
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(root: Path) -> None:
+    for file in root.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
