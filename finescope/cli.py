@@ -84,10 +84,10 @@ def run(
 ) -> None:
     """Run what is missing. Safe to repeat, to kill, to run again."""
     with _errors(verbose):
-        from finescope import pipeline
+        from finescope import demo, pipeline
         from finescope.recipe import load
 
-        pipeline.run(load(recipe, set_ or []), _reporter(log_json), until)
+        pipeline.run(load(recipe, set_ or []), _reporter(log_json), until, demo.check_resources)
 
 
 @app.command()
@@ -159,7 +159,7 @@ def submit(
         sys.exit(submit_recipe(recipe, address, set_ or []))
 
 
-def _reporter(log_json: bool):  # noqa: ANN202
+def _reporter(log_json: bool):
     from finescope.console import ConsoleReporter
 
     return ConsoleReporter("json" if log_json else None)

@@ -21,27 +21,29 @@ class ModelSection(Section):
     """The language model that is read, pruned and used as its own teacher."""
 
     path: str = Field(description="hub id, directory, FILE.gguf, or package:MODULE/FILE.gguf", min_length=1)
-    revision: str | None = Field(None, description="hub revision; pinned to its commit when the run begins")
+    revision: str | None = Field(default=None, description="hub revision; pinned to its commit when the run begins")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the checkpoint's on a GPU, float32 on a CPU"
+        default="auto", description="auto: the checkpoint's on a GPU, float32 on a CPU"
     )
-    trust_remote_code: bool = Field(False, description="run the Python code that a hub repository brings")
-    allow_pickle: bool = Field(False, description="read weights from pickle files (.bin, .pt)")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that a hub repository brings")
+    allow_pickle: bool = Field(default=False, description="read weights from pickle files (.bin, .pt)")
 
 
 class CorpusSection(Section):
     """Where the documents are and what their text is."""
 
-    path: tuple[str, ...] = Field(description="globs and fsspec URIs: parquet, jsonl(.gz .zst), csv, txt", min_length=1)
-    format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = Field("auto", description="auto: by file name")
-    id: str | None = Field(None, description="column of unique ids; null: a hash of file, row group, row and text")
-    text: str = Field("text", description="a column, or a template such as '{instruction}\\n{output}'", min_length=1)
-    messages: str | None = Field(None, description="column of chat messages, rendered by the model's chat template")
-    prompt: str | None = Field(None, description="column or template of the prompt that distillation trains on")
-    response: str | None = Field(None, description="column or template of the response to that prompt")
-    limit: int | None = Field(None, ge=1, description="documents read at most, in order of file and row")
-    max_characters: int = Field(200_000, ge=1, description="a longer document is rejected")
-    max_reject_rate: Share = Field(0.01, description="a step that rejects a larger share of its rows fails")
+    path: tuple[str, ...] = Field(
+        description="globs and fsspec URIs: parquet, jsonl(.gz .zst), csv, txt; {output} is the run's", min_length=1
+    )
+    format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = Field(default="auto", description="auto: by file name")
+    id: str | None = Field(default=None, description="column of unique ids; null: a hash of file, row group, row and text")
+    text: str = Field(default="text", description="a column, or a template such as '{instruction}\\n{output}'", min_length=1)
+    messages: str | None = Field(default=None, description="column of chat messages, rendered by the model's chat template")
+    prompt: str | None = Field(default=None, description="column or template of the prompt that distillation trains on")
+    response: str | None = Field(default=None, description="column or template of the response to that prompt")
+    limit: int | None = Field(default=None, ge=1, description="documents read at most, in order of file and row")
+    max_characters: int = Field(default=200_000, ge=1, description="a longer document is rejected")
+    max_reject_rate: Share = Field(default=0.01, description="a step that rejects a larger share of its rows fails")
 
     @field_validator("path", mode="before")
     @classmethod
@@ -65,31 +67,31 @@ class CoordinatesSection(Section):
     """Which coordinates of the residual stream the autoencoder sees (paper, section on top-K activation selection)."""
 
     method: Literal["jacobian", "magnitude", "variance", "random", "all"] = "jacobian"
-    count: int = Field(128, ge=1, description="coordinates kept (paper: 128 of 4,096)")
-    probes: int = Field(2, ge=1, le=64, description="Jacobian-vector products a document (paper: 1, 2 or 4)")
-    documents: int = Field(32, ge=1, description="documents of the reference sample D0")
+    count: int = Field(default=128, ge=1, description="coordinates kept (paper: 128 of 4,096)")
+    probes: int = Field(default=2, ge=1, le=64, description="Jacobian-vector products a document (paper: 1, 2 or 4)")
+    documents: int = Field(default=32, ge=1, description="documents of the reference sample D0")
 
 
 class SaeSection(Section):
     """The sparse autoencoder."""
 
-    layer: int = Field(16, ge=1, description="residual stream after this block (1-based)")
+    layer: int = Field(default=16, ge=1, description="residual stream after this block (1-based)")
     coordinates: CoordinatesSection = CoordinatesSection()
-    architecture: Literal["topk", "relu_l1"] = Field("topk", description="relu_l1 is the paper's objective")
-    num_latents: int = Field(4096, ge=2)
-    k: int = Field(32, ge=1, description="active latents a token (topk)")
-    l1_coefficient: float = Field(1e-3, ge=0.0, description="lambda of the paper's objective (relu_l1)")
-    auxk_coefficient: float = Field(1 / 32, ge=0.0, description="alpha of the paper's objective")
-    auxk: int = Field(64, ge=1, description="dead latents that reconstruct the residual error at a time")
-    dead_after_tokens: int = Field(100_000, ge=1, description="a latent silent for so many tokens is dead")
-    num_tokens: int = Field(2_000_000, ge=1, description="activations trained on, in all")
-    max_tokens: int = Field(512, ge=2, description="tokens of a document that are read, counted from its start")
-    batch_tokens: int = Field(2048, ge=1, description="activations a training step")
-    buffer_tokens: int = Field(262_144, ge=1, description="activations of the shuffle buffer")
-    epochs: int = Field(1, ge=1, description="passes over each filled shuffle buffer")
-    learning_rate: float = Field(1e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")
+    architecture: Literal["topk", "relu_l1"] = Field(default="topk", description="relu_l1 is the paper's objective")
+    num_latents: int = Field(default=4096, ge=2)
+    k: int = Field(default=32, ge=1, description="active latents a token (topk)")
+    l1_coefficient: float = Field(default=1e-3, ge=0.0, description="lambda of the paper's objective (relu_l1)")
+    auxk_coefficient: float = Field(default=1 / 32, ge=0.0, description="alpha of the paper's objective")
+    auxk: int = Field(default=64, ge=1, description="dead latents that reconstruct the residual error at a time")
+    dead_after_tokens: int = Field(default=100_000, ge=1, description="a latent silent for so many tokens is dead")
+    num_tokens: int = Field(default=2_000_000, ge=1, description="activations trained on, in all")
+    max_tokens: int = Field(default=512, ge=2, description="tokens of a document that are read, counted from its start")
+    batch_tokens: int = Field(default=2048, ge=1, description="activations a training step")
+    buffer_tokens: int = Field(default=262_144, ge=1, description="activations of the shuffle buffer")
+    epochs: int = Field(default=1, ge=1, description="passes over each filled shuffle buffer")
+    learning_rate: float = Field(default=1e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")
     seed: int = 0
-    path: str | None = Field(None, description="a directory with a trained dictionary, used instead of training")
+    path: str | None = Field(default=None, description="a directory with a trained dictionary, used instead of training")
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SaeSection":
@@ -101,44 +103,44 @@ class SaeSection(Section):
 class EmbedSection(Section):
     """One pooled code a document."""
 
-    max_tokens: int = Field(512, ge=2, description="tokens of a document that are read, counted from its start")
+    max_tokens: int = Field(default=512, ge=2, description="tokens of a document that are read, counted from its start")
     pooling: Literal["mean", "max"] = "mean"
-    keep_latents: int = Field(128, ge=1, description="largest latents of a document's code that are stored")
-    batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass, padding included")
+    keep_latents: int = Field(default=128, ge=1, description="largest latents of a document's code that are stored")
+    batch_tokens: int = Field(default=4096, ge=1, description="tokens of a forward pass, padding included")
 
 
 class ScoreSection(Section):
     """How a document's code is compared with the seeds'."""
 
-    similarity: Literal["max", "mean"] = Field("max", description="over the seeds")
-    weighting: Literal["none", "idf", "centred", "contrast"] = Field("centred", description="none is the paper's")
+    similarity: Literal["max", "mean"] = Field(default="max", description="over the seeds")
+    weighting: Literal["none", "idf", "centred", "contrast"] = Field(default="centred", description="none is the paper's")
 
 
 class CurateSection(Section):
     """Which of the scored documents are kept."""
 
-    documents: int = Field(1000, ge=1, description="documents kept (paper: 100 a domain, 1,200 for code)")
-    deduplicate: bool = Field(True, description="of equal texts (case and white space apart) the best ranked stays")
-    decontaminate: tuple[str, ...] = Field((), description="evaluation sets; a 13-gram in common removes a document")
-    per_seed: int | None = Field(None, ge=1, description="documents at most whose nearest seed is the same")
-    diversity: float = Field(0.0, ge=0.0, le=0.0, description="maximal marginal relevance; only 0.0 in this version")
-    threshold: float | None = Field(None, description="lowest score that is kept")
+    documents: int = Field(default=1000, ge=1, description="documents kept (paper: 100 a domain, 1,200 for code)")
+    deduplicate: bool = Field(default=True, description="of equal texts (case and white space apart) the best ranked stays")
+    decontaminate: tuple[str, ...] = Field(default=(), description="evaluation sets; a 13-gram in common removes a document")
+    per_seed: int | None = Field(default=None, ge=1, description="documents at most whose nearest seed is the same")
+    diversity: float = Field(default=0.0, ge=0.0, le=0.0, description="maximal marginal relevance; only 0.0 in this version")
+    threshold: float | None = Field(default=None, description="lowest score that is kept")
 
 
 class PruneSection(Section):
     """How much of the blocks is removed, and how it is chosen."""
 
-    ratio: float = Field(0.35, ge=0.0, lt=1.0, description="share of the block parameters (embeddings not counted)")
+    ratio: float = Field(default=0.35, ge=0.0, lt=1.0, description="share of the block parameters (embeddings not counted)")
     method: Literal["taylor", "magnitude", "random"] = "taylor"
     structure: Literal["auto"] | tuple[Literal["heads", "mlp"], ...] = Field(
-        "auto", description="auto: heads and mlp, split by estimated loss"
+        default="auto", description="auto: heads and mlp, split by estimated loss"
     )
-    allocation: Literal["uniform"] = Field("uniform", description="the same sizes in every block")
-    compensate: bool = Field(True, description="re-fit the kept output weights by ridge least squares")
-    round_to: int = Field(32, ge=1, description="MLP channels kept are a multiple of this")
-    documents: int = Field(256, ge=1, description="calibration documents, the best of the curated set")
-    max_tokens: int = Field(256, ge=2, description="tokens of a calibration document")
-    calibration: Literal["curated", "random"] = Field("curated", description="random: documents of the whole corpus")
+    allocation: Literal["uniform"] = Field(default="uniform", description="the same sizes in every block")
+    compensate: bool = Field(default=True, description="re-fit the kept output weights by ridge least squares")
+    round_to: int = Field(default=32, ge=1, description="MLP channels kept are a multiple of this")
+    documents: int = Field(default=256, ge=1, description="calibration documents, the best of the curated set")
+    max_tokens: int = Field(default=256, ge=2, description="tokens of a calibration document")
+    calibration: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
     seed: int = 0
 
 
@@ -147,23 +149,23 @@ class DistillSection(Section):
 
     teacher: Literal["self"] = "self"
     rewrite: bool = True
-    rewrite_share: Share = Field(1.0, description="share of the curated documents that the teacher rewrites, best first")
-    rewrite_tokens: int = Field(256, ge=1, description="tokens of a rewritten response at most")
+    rewrite_share: Share = Field(default=1.0, description="share of the curated documents that the teacher rewrites, best first")
+    rewrite_tokens: int = Field(default=256, ge=1, description="tokens of a rewritten response at most")
     method: Literal["lora", "full"] = "lora"
-    rank: int = Field(32, ge=1)
-    learning_rate: float = Field(5.0e-5, gt=0.0)
-    batch_size: int = Field(128, ge=1, description="documents an optimiser step, over all workers")
-    micro_batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass, padding included")
-    max_tokens: int = Field(256, ge=2, description="tokens of an example")
-    epochs: int = Field(3, ge=1)
+    rank: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=5.0e-5, gt=0.0)
+    batch_size: int = Field(default=128, ge=1, description="documents an optimiser step, over all workers")
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="tokens of a forward pass, padding included")
+    max_tokens: int = Field(default=256, ge=2, description="tokens of an example")
+    epochs: int = Field(default=3, ge=1)
     warmup_share: Share = 0.1
-    weight_decay: float = Field(0.0, ge=0.0)
-    max_grad_norm: float = Field(1.0, gt=0.0)
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage under the ray runner; 0: no DeepSpeed")
-    kl_weight: float = Field(0.0, ge=0.0, le=0.0, description="logit distillation; only 0.0 in this version")
-    data: Literal["curated", "random"] = Field("curated", description="random: documents of the whole corpus")
-    control: bool = Field(False, description="train a second student on as many tokens of random documents")
-    checkpoint_steps: int = Field(20, ge=1, description="optimiser steps between two checkpoints")
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage under the ray runner; 0: no DeepSpeed")
+    kl_weight: float = Field(default=0.0, ge=0.0, le=0.0, description="logit distillation; only 0.0 in this version")
+    data: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
+    control: bool = Field(default=False, description="train a second student on as many tokens of random documents")
+    checkpoint_steps: int = Field(default=20, ge=1, description="optimiser steps between two checkpoints")
     seed: int = 0
 
 
@@ -171,22 +173,22 @@ class EvaluateSection(Section):
     """What base, pruned and recovered models are measured on."""
 
     tasks: tuple[Literal["perplexity"], ...] = ("perplexity",)
-    target: tuple[str, ...] = Field((), description="held-out documents of the domain; empty: the seeds")
-    general: tuple[str, ...] = Field((), description="held-out documents of anything else; empty: random documents")
-    documents: int = Field(128, ge=1, description="documents a set at most")
-    max_tokens: int = Field(512, ge=2)
-    batch_tokens: int = Field(4096, ge=1)
+    target: tuple[str, ...] = Field(default=(), description="held-out documents of the domain; empty: the seeds")
+    general: tuple[str, ...] = Field(default=(), description="held-out documents of anything else; empty: random documents")
+    documents: int = Field(default=128, ge=1, description="documents a set at most")
+    max_tokens: int = Field(default=512, ge=2)
+    batch_tokens: int = Field(default=4096, ge=1)
 
 
 class ComputeSection(Section):
     """Where it runs. Never changes a result, never moves an output."""
 
     runner: Literal["ray", "local"] = "ray"
-    address: str | None = Field(None, description="Ray cluster; null: RAY_ADDRESS, else one is started here")
+    address: str | None = Field(default=None, description="Ray cluster; null: RAY_ADDRESS, else one is started here")
     actors: Literal["auto"] | int = "auto"
     gpus_per_actor: Literal["auto"] | float = "auto"
-    cpus_per_actor: float = Field(1.0, gt=0.0)
-    memory_per_actor_gb: float | None = Field(None, gt=0.0, description="asked of Ray's scheduler; null: estimated")
+    cpus_per_actor: float = Field(default=1.0, gt=0.0)
+    memory_per_actor_gb: float | None = Field(default=None, gt=0.0, description="asked of Ray's scheduler; null: estimated")
     train_workers: Literal["auto"] | int = "auto"
 
 
@@ -195,7 +197,7 @@ class Recipe(Section):
 
     output: str = Field(description="any fsspec URI: local, s3://, gs://, abfs://, memory://", min_length=1)
     prepare: Literal["python-docs"] | None = Field(
-        None, description="python-docs: first make OUTPUT/inputs from the documentation of the installed Python packages"
+        default=None, description="python-docs: first make OUTPUT/inputs from the documentation of the installed Python packages"
     )
     model: ModelSection
     corpus: CorpusSection

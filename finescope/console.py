@@ -82,12 +82,13 @@ class ConsoleReporter:
 
     def heartbeat(self, counter: "_Counter") -> None:
         """A line about a task that goes on."""
-        if self._style != "rich":
+        if self._style != "rich" and counter.done != counter.total:
             self._event("progress", counter.line(), task=counter.name, done=counter.done, total=counter.total)
 
     def _event(self, event: str, message: str, style: str | None = None, **fields: object) -> None:
         if self._style == "json":
-            print(json.dumps({"time": now(), "event": event, "message": message, **fields}), file=sys.stderr, flush=True)
+            sys.stderr.write(json.dumps({"time": now(), "event": event, "message": message, **fields}) + "\n")
+            sys.stderr.flush()
             return
         prefix = {"warning": "warning: ", "error": "error: "}.get(event, "")
         self._console.print(f"{prefix}{message}", style=style, markup=False, soft_wrap=True)

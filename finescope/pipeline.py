@@ -13,25 +13,47 @@ from finescope.manifest import Manifest
 from finescope.runners.base import Context, Reporter, Runner
 from finescope.steps import Outcome, Step, StepInput
 
+_PATHS = {"corpus": ["path"], "seeds": ["path"], "curate": ["decontaminate"], "evaluate": ["target", "general"]}
+
 
 def steps_of(recipe: Recipe) -> dict[str, Step]:
     """The steps of a recipe, in order. Pure data: nothing is loaded, only small input files are hashed."""
-    seeds = _contents(recipe.seeds.path)
+    inputs = placed(recipe)
+    seeds = _contents(inputs.seeds.path)
     corpus = _values(recipe.corpus)
     index = Step("index", corpus)
     model = Step("model", {**_values(recipe.model), "layer": recipe.sae.layer})
     sae = Step("sae", _values(recipe.sae), (index, model))
     embed = Step("embed", _values(recipe.embed), (index, model, sae))
     score = Step("score", {**_values(recipe.score), "seeds": seeds}, (index, model, sae, embed))
-    evaluations = {path: _contents(path) for path in recipe.curate.decontaminate}
+    evaluations = [_contents(path) for path in inputs.curate.decontaminate]
     curate = Step("curate", {**_values(recipe.curate), "evaluations": evaluations}, (index, model, embed, score))
     prune = Step("prune", _values(recipe.prune), (index, model, embed, curate))
     distill = Step("distill", _values(recipe.distill), (index, model, embed, curate, prune))
-    held_out = {path: _contents(path) for path in (*recipe.evaluate.target, *recipe.evaluate.general)}
+    held_out = [_contents(path) for path in (*inputs.evaluate.target, *inputs.evaluate.general)]
     evaluation_inputs = (index, model, embed, curate, prune, distill)
     evaluate = Step("evaluate", {**_values(recipe.evaluate), "seeds": seeds, "held_out": held_out}, evaluation_inputs)
     report = Step("report", {}, (index, model, sae, embed, score, curate, prune, distill, evaluate))
     return {step.name: step for step in (index, model, sae, embed, score, curate, prune, distill, evaluate, report)}
+
+
+def placed(recipe: Recipe) -> Recipe:
+    """The recipe with its output absolute and `{output}` in paths replaced by it.
+
+    Identities are made of the recipe as it is written, so that a run with its inputs inside can be moved.
+    """
+    output = storage.absolute(recipe.output)
+
+    def put(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{output}", output)
+        return type(value)(put(item) for item in value) if isinstance(value, tuple) else value
+
+    changed = {
+        section: getattr(recipe, section).model_copy(update={key: put(getattr(getattr(recipe, section), key)) for key in keys})
+        for section, keys in _PATHS.items()
+    }
+    return recipe.model_copy(update={"output": output, **changed})
 
 
 def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepInput], Outcome]]:
@@ -47,7 +69,7 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     from finescope.stages.sae import sae
     from finescope.stages.score import score
 
-    r = recipe
+    r = placed(recipe)
     return {
         "index": lambda step: index(context, r.corpus, step),
         "model": lambda step: model(context, r.model, r.sae.layer, step),
@@ -62,15 +84,18 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     }
 
 
-def run(recipe: Recipe, reporter: Reporter, until: str | None = None) -> dict[str, Manifest]:
+def run(
+    recipe: Recipe, reporter: Reporter, until: str | None = None, check: Callable[[Recipe], None] | None = None
+) -> dict[str, Manifest]:
     """Run what is missing, in order, up to step `until`. What is done with the same recipe is not touched.
+
+    `check` is called before the first step that is not done, and may raise what speaks against it.
 
     Raises:
         UserError: the input is wrong; nothing was lost.
         StepFailed: a step failed; `log_path` of the error is where its traceback is.
     """
-    recipe = recipe.model_copy(update={"output": storage.absolute(recipe.output)})
-    output = recipe.output
+    output = storage.absolute(recipe.output)
     plan = _until(prepared(recipe, reporter), until)
     done = {name: found for name, step in plan.items() if (found := steps.finished(step, output))}
     if len(done) == len(plan):
@@ -78,7 +103,8 @@ def run(recipe: Recipe, reporter: Reporter, until: str | None = None) -> dict[st
             steps.point_at(step, output, done[step.name])
         reporter.note(f"nothing to do: all {len(plan)} steps of '{output}' are done")
         return done
-    _check_resources(recipe)
+    if check is not None:
+        check(recipe)
     with _runner(recipe, reporter) as runner:
         functions = functions_of(recipe, Context(runner, reporter))
         for name, step in plan.items():
@@ -95,7 +121,7 @@ def prepared(recipe: Recipe, reporter: Reporter) -> dict[str, Step]:
     if recipe.prepare == "python-docs":
         from finescope.corpus.demo_inputs import prepare
 
-        prepare(storage.join(recipe.output, "inputs"), reporter)
+        prepare(storage.join(storage.absolute(recipe.output), "inputs"), reporter)
     return steps_of(recipe)
 
 
@@ -105,12 +131,6 @@ def _until(plan: dict[str, Step], last: str | None) -> dict[str, Step]:
     if last not in plan:
         raise RecipeError(f"--until {last}: no such step; steps: {', '.join(STEPS)}")
     return {name: plan[name] for name in STEPS[: STEPS.index(last) + 1]}
-
-
-def _check_resources(recipe: Recipe) -> None:
-    from finescope.plan import check_resources
-
-    check_resources(recipe)
 
 
 @contextlib.contextmanager
@@ -152,7 +172,7 @@ def _values(section: Section) -> dict[str, Any]:
 
 def _contents(path: str) -> str:
     """A hash of a small input file, so that a changed one is noticed; a missing one is its step's error to report."""
-    found = [file for file in storage.glob(path)]
+    found = storage.glob(path)
     return hashlib.sha256(b"".join(storage.read_bytes(file.path) for file in found)).hexdigest()[:16]
 
 

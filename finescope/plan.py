@@ -19,7 +19,7 @@ from finescope.errors import ResourceError
 from finescope.models.load import load_meta_model
 from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
-from finescope.pipeline import steps_of
+from finescope.pipeline import placed, steps_of
 
 # Bytes of text a token, for estimates before anything is tokenised.
 _BYTES_PER_TOKEN = 4
@@ -89,13 +89,16 @@ def check_resources(recipe: Recipe) -> None:
     free = storage.free_bytes(storage.absolute(recipe.output))
     disk = sum(cost.disk_bytes for cost in left)
     if free is not None and disk > free:
-        raise ResourceError(f"output: '{recipe.output}' has {_gb(free)} free; the plan needs about {_gb(disk)} (`finescope plan`)")
+        raise ResourceError(
+            f"output: '{recipe.output}' has {_gb(free)} free; the plan needs about {_gb(disk)} (`finescope plan`)"
+        )
     joined = recipe.compute.runner == "ray" and (recipe.compute.address or os.environ.get("RAY_ADDRESS"))
     most = max(left, key=lambda cost: cost.memory_bytes, default=None)
     available = available_memory()
     if most is not None and available is not None and not joined and most.memory_bytes > available:
         raise ResourceError(
-            f"step '{most.step}' needs about {_gb(most.memory_bytes)} of memory and {_gb(available)} are available (`finescope plan`)"
+            f"step '{most.step}' needs about {_gb(most.memory_bytes)} of memory; {_gb(available)} are available "
+            "(`finescope plan`)"
         )
 
 
@@ -132,8 +135,9 @@ def show(recipe: Recipe, as_json: bool) -> None:
 
 def _corpus(recipe: Recipe) -> Corpus:
     """Documents and their mean size: Parquet footers and line counts of the first files, scaled to all bytes."""
-    files = resolve(recipe.corpus)
-    section = recipe.corpus.model_copy(update={"id": None})
+    corpus = placed(recipe).corpus
+    files = resolve(corpus)
+    section = corpus.model_copy(update={"id": None})
     looked_at = [(file, inspect_file(file, section)) for file in files[:_SAMPLED_FILES]]
     rows = sum(unit["num_rows"] for _, found in looked_at for unit in found.documents.to_pylist())
     text = sum(unit["bytes"] for _, found in looked_at for unit in found.documents.to_pylist())
@@ -201,7 +205,13 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) ->
     students = student * (1 + distill.control)
     return [
         Cost(
-            "prune", "prune" in done, min(prune.documents, curated), calibrated, prune_flops, _PROCESS + 3 * model.weight_bytes, student
+            "prune",
+            "prune" in done,
+            min(prune.documents, curated),
+            calibrated,
+            prune_flops,
+            _PROCESS + 3 * model.weight_bytes,
+            student,
         ),
         # Two checkpoints are kept; an adapter's are small beside the students.
         Cost(
@@ -213,7 +223,15 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) ->
             _PROCESS + training + head,
             students + (2 * training if distill.method == "full" else students // 4),
         ),
-        Cost("evaluate", "evaluate" in done, 2 * evaluate.documents, sets, 2.0 * full * sets, _PROCESS + model.weight_bytes + head, 0),
+        Cost(
+            "evaluate",
+            "evaluate" in done,
+            2 * evaluate.documents,
+            sets,
+            2.0 * full * sets,
+            _PROCESS + model.weight_bytes + head,
+            0,
+        ),
         Cost("report", "report" in done, 0, 0, 0.0, _PROCESS // 4, 1_000_000),
     ]
 

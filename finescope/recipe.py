@@ -57,7 +57,7 @@ def parse(text: str, origin: str, overrides: typing.Sequence[str] = ()) -> Recip
 
 def _yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_RecipeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""

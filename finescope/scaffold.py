@@ -85,7 +85,9 @@ def _choices(annotation: Any) -> str:
     options = [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         options = list(typing.get_args(annotation))
-    values = [str(value) for option in options if typing.get_origin(option) is typing.Literal for value in typing.get_args(option)]
+    values = [
+        str(value) for option in options if typing.get_origin(option) is typing.Literal for value in typing.get_args(option)
+    ]
     return " | ".join(values) if len(values) > 1 else ""
 
 

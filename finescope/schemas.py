@@ -63,7 +63,9 @@ REWRITES = pa.schema(
         ("reason", pa.string()),
     ]
 )
-METRICS = pa.schema([("step", pa.string()), ("name", pa.string()), ("value", pa.float64()), ("time", pa.timestamp("us", tz="UTC"))])
+METRICS = pa.schema(
+    [("step", pa.string()), ("name", pa.string()), ("value", pa.float64()), ("time", pa.timestamp("us", tz="UTC"))]
+)
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

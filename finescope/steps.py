@@ -166,4 +166,3 @@ def _check_counts(step: Step, outcome: Outcome) -> None:
         raise StepFailed(
             f"step '{step.name}' lost count: {outcome.rows_in} rows in, {outcome.rows_out} out, {outcome.rejects} rejected"
         )
-

@@ -74,7 +74,8 @@ def _as_text(name: str, column: pa.ChunkedArray, rows: np.ndarray) -> tuple[pa.C
 def _not_utf8(name: str, column: pa.ChunkedArray, rows: np.ndarray) -> dict[int, Reject]:
     if _is_valid(column):
         return {}
-    places = [i for i in range(len(column)) if not _is_valid(column.slice(i, 1))]
+    # Not slice: a slice of a list array is validated with all its children.
+    places = [i for i in range(len(column)) if not _is_valid(column.take(pa.array([i])))]
     return {i: Reject(int(rows[i]), rejects.NOT_UTF8, f"'{name}' is not UTF-8") for i in places}
 
 

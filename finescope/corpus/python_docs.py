@@ -41,7 +41,7 @@ def collect(
 
     Returns a table of DOCUMENTATION, by package in the order given, within one in an order drawn by `seed`; no text
     stands in it twice. Equal for equal installed versions, wherever they are installed. `stdlib` is Python's own.
-    A package's files are parsed in the order drawn until there is enough, twice over, so that no file dominates.
+    A package's files are parsed in the order drawn until there is half as much again as asked for.
 
     Args:
         progress: told of each package that is done.
@@ -83,7 +83,7 @@ def _sample(root: Path, package: str, limit: int, seed: int, chars: tuple[int, i
     files = sorted(_source_files(root), key=lambda path: _draw(path.relative_to(root).as_posix(), seed))
     found: dict[str, _Documentation] = {}
     for path in files:
-        if len(found) >= 2 * limit:
+        if 2 * len(found) >= 3 * limit:
             break
         for item in _read_file(path, prefix + _module_name(path.relative_to(root))):
             if chars[0] <= len(item.text) <= chars[1] and item.text not in seen:

@@ -27,6 +27,7 @@ class Student(nn.Module):
         self.causal = causal
         head = causal.get_output_embeddings()
         assert isinstance(head, nn.Linear), type(head)
+        assert isinstance(head.weight, nn.Parameter)
         self.head = ChunkedHead(head.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -76,9 +77,10 @@ def save_student(directory: Path, weights: dict[str, Tensor], method: Method, ra
 
 
 def _load(directory: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if missing:
         raise ModelError(f"the weights in '{directory}' do not fit its config: {', '.join(map(str, missing[:3]))}")

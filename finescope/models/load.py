@@ -21,7 +21,7 @@ from finescope import storage
 from finescope.config import ModelSection
 from finescope.errors import ModelError
 from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
-from finescope.models.source import ModelSource, resolve
+from finescope.models.source import ModelSource
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 
@@ -79,10 +79,10 @@ def materialise(source: ModelSource, section: ModelSection, uri: str) -> ModelRe
     )
 
 
-def reference_of(path: str, like: ModelReference) -> ModelReference:
+def reference_of(path: str, like: ModelReference, fingerprint: str) -> ModelReference:
     """A reference to a stock directory that this run wrote (a pruned or trained student), loaded in the dtype of `like`."""
-    section = ModelSection.model_validate({"path": path, "dtype": like.dtype})
-    return materialise(resolve(section), section, path)
+    source = ModelSource("directory", storage.absolute(path), None, fingerprint, like.model_type)
+    return materialise(source, ModelSection.model_validate({"path": path, "dtype": like.dtype}), path)
 
 
 def load_config(reference: ModelReference) -> PreTrainedConfig:

@@ -40,6 +40,7 @@ class Moments:
         self.error = 0.0
         self.target = 0.0
 
+    @torch.no_grad()
     def add(self, inputs: Tensor, target: Tensor) -> None:
         """Take in tokens: inputs [tokens, in] and what the map should have added to the stream for them [tokens, out].
 

@@ -1,6 +1,6 @@
 """Importance of each group: first-order Taylor (LLM-Pruner, arXiv 2305.11627), magnitude, random."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -30,10 +30,11 @@ class Importance(NamedTuple):
 def taylor_importance(model: PreTrainedModel, anatomy: Anatomy, batches: Iterable[Batch], progress: Progress) -> Importance:
     """Element-wise first-order Taylor importance, in nats a token: sum over the group's parameters of |w * dL/dw|.
 
-    LLM-Pruner (arXiv 2305.11627, eq. 6, "element-wise") takes the gradient of the whole calibration set. Here the absolute
-    value is taken batch by batch and summed, weighted by the batch's tokens: sum over batches of sum |w * g_batch|. So no gradient
-    outlives the batch and, within it, each weight's gradient is reduced to its groups' sums and freed as soon as it is complete.
-    Smaller batches cancel less, so the batches belong to the result. Embeddings, head and norms get no gradient.
+    LLM-Pruner (arXiv 2305.11627, section 3.2, element-wise, first order) takes the gradient of the whole calibration set.
+    Here the absolute value is taken batch by batch and summed, weighted by the tokens of the batch: sum over batches of
+    sum |w * g_batch|. So no gradient outlives its batch and, within the batch, each weight's gradient is reduced to its groups'
+    sums and freed as soon as it is complete. Smaller batches cancel less: how documents are batched belongs to the result.
+    Embeddings, head and norms get no gradient.
 
     Raises:
         StepFailed: no document has two tokens, or the importance is not finite.
@@ -94,9 +95,9 @@ def random_importance(groups: Groups, seed: int) -> Importance:
     return Importance(list(heads.astype(np.float32)), list(mlp.astype(np.float32)))
 
 
-def _group_parameters(module: nn.Linear, part: GroupSlice) -> list[nn.Parameter]:
+def _group_parameters(module: nn.Linear, part: GroupSlice) -> Sequence[nn.Parameter]:
     """The bias of an output map belongs to no group: it is added once, whatever is removed."""
-    return [module.weight] if module.bias is None or part.axis == 1 else [module.weight, module.bias]
+    return [parameter for name, parameter in module.named_parameters() if name == "weight" or part.axis == 0]
 
 
 @contextmanager
@@ -133,6 +134,7 @@ def _backward(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> None:
     states = hidden[:, :-1][predicts]  # [predictions, d_model]
     targets = input_ids[:, 1:][predicts]
     head, gradient = model.get_output_embeddings(), torch.empty_like(states)
+    assert head is not None
     for start in range(0, len(targets), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
         leaf = states[rows].detach().requires_grad_(True)

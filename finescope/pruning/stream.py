@@ -1,6 +1,7 @@
 """The residual stream block by block: the calibration set's hidden states, one block's at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -56,12 +57,8 @@ def open_stream(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batc
 @torch.no_grad()
 def block_pass(block: nn.Module, anatomy: Anatomy, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Run a block: the stream after its attention and the stream after the block, both [documents, tokens, d_model]."""
-    attention: list[Tensor] = []
-    handle = linear(block, anatomy.output).register_forward_hook(lambda module, args, output: attention.append(output))
-    try:
+    with _outputs(linear(block, anatomy.output)) as attention:
         after = block(hidden, **arguments)
-    finally:
-        handle.remove()
     return hidden + attention[0], after
 
 
@@ -77,13 +74,24 @@ def mlp_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, arguments: di
 
     Returns the stream after the attention [documents, tokens, d_model] and the map's input [documents, tokens, channels].
     """
-    attention: list[Tensor] = []
-    handle = linear(block, anatomy.output).register_forward_hook(lambda module, args, output: attention.append(output))
-    try:
+    with _outputs(linear(block, anatomy.output)) as attention:
         inputs = _inputs(block, linear(block, anatomy.down), hidden, arguments)
+    return hidden + attention[0], inputs
+
+
+@contextmanager
+def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What `module` returns inside the context."""
+    outputs: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield outputs
     finally:
         handle.remove()
-    return hidden + attention[0], inputs
 
 
 def _inputs(block: nn.Module, module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

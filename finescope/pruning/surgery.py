@@ -49,7 +49,7 @@ def student_config(config: PreTrainedConfig, groups: Groups, num_kv_heads: int, 
         ModelError: the head count does not divide `hidden_size` and the Llama has biases, which Mistral lacks.
     """
     num_heads = num_kv_heads * groups.queries_per_kv
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": groups.head_dim,
@@ -58,11 +58,12 @@ def student_config(config: PreTrainedConfig, groups: Groups, num_kv_heads: int, 
     if config.model_type == "llama" and groups.d_model % num_heads:
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
             raise ModelError(
-                f"a Llama with biases cannot have {num_heads} heads: they do not divide hidden_size {groups.d_model}, and Mistral, "
-                "which accepts that, has no biases; set prune.structure to [mlp] or another prune.ratio"
+                f"a Llama with biases cannot have {num_heads} heads: they do not divide hidden_size {groups.d_model}, and "
+                "Mistral, which accepts that, has no biases; set prune.structure to [mlp] or another prune.ratio"
             )
-        fields = {key: value for key, value in config.to_dict().items() if key not in _LLAMA_ONLY}
-        return MistralConfig(**(fields | sizes | {"sliding_window": None}))
+        fields: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key not in _LLAMA_ONLY}
+        fields |= sizes
+        return MistralConfig(**fields, sliding_window=None)
     student = copy.deepcopy(config)
     for key, value in sizes.items():
         setattr(student, key, value)

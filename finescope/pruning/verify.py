@@ -35,7 +35,7 @@ def verify_saved(directory: Path, student: PreTrainedModel, input_ids: Tensor) -
     """Load `directory` in a fresh process without finescope and compare its logits on `input_ids` int64 [documents, tokens].
 
     Raises:
-        StepFailed: not a stock architecture, weights other than safetensors, weights that do not fit, other logits, no generation.
+        StepFailed: not a stock architecture, weights other than safetensors or that do not fit, other logits, no generation.
     """
     architecture = _stock_architecture(directory)
     _only_safetensors(directory)

@@ -11,10 +11,11 @@ import pyarrow as pa
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+import ray.exceptions
 
 from finescope.config import ComputeSection
 from finescope.errors import ResourceError
-from finescope.runners import ray_data, ray_train
+from finescope.runners import ray_data
 from finescope.runners.base import Progress, Reporter, Resources, Result, TableWorker
 
 # What every worker of the run sees, on every node.
@@ -54,11 +55,9 @@ class RayRunner:
     ) -> Iterator[pa.Table]:
         """See `Runner.map`. `compute.actors: auto` takes what the cluster has and can grow to."""
         options = self._options(resources)
-        if self._compute.actors == "auto":
-            # The pool's upper end is the number of units: an autoscaling cluster grows until they are all at work.
-            actors = (1, max(units.num_rows, 1))
-        else:
-            actors = (self._compute.actors, self._compute.actors)
+        stated = self._compute.actors
+        # The pool's upper end is the number of units: an autoscaling cluster grows until they are all at work.
+        actors = (1, max(units.num_rows, 1)) if stated == "auto" else (stated, stated)
         with _plain_errors():
             yield from ray_data.map_units(worker, arguments, units, actors, options)
 
@@ -94,7 +93,7 @@ class RayRunner:
         return {**options, "memory": memory} if memory else options
 
 
-class _plain_errors:  # noqa: N801  (a context manager is named like a function)
+class _plain_errors:
     """Let an error of a worker come out as it was raised there, without the frames that Ray put around it."""
 
     def __enter__(self) -> None:

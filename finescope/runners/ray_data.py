@@ -1,6 +1,9 @@
 """`map` and `call` on a Ray cluster: Ray Data with a pool of actors, and one remote task."""
 
+import logging
+import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,10 +12,12 @@ import ray
 import ray.data
 from ray.util.queue import Empty, Queue
 
-from finescope.runners.base import Progress, Resources, Result, TableWorker
+from finescope.runners.base import Progress, Result, TableWorker
 
 # Loading a large model takes minutes, in which Ray Data sees no progress.
 _NO_PROGRESS_TIMEOUT_S = 3600
+# Column of the table that carries an exception from a worker.
+_FAILURE = "__failure"
 
 
 def map_units(
@@ -44,19 +49,52 @@ def map_units(
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
         **options,
     )
-    for reference in dataset.iter_internal_ref_bundles():
-        for block, _ in reference.blocks:
-            yield ray.get(block)
+    _quiet()
+    # A block comes when its unit is done; nothing is fetched ahead, as the blocks are records of a few bytes.
+    for record in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(record, pa.Table)
+        if _FAILURE in record.column_names:
+            raise pickle.loads(record.column(_FAILURE)[0].as_py())
+        yield record
+
+
+def _quiet() -> None:
+    """Keep Ray Data's account of its execution to its log file: our own progress and errors say what it would."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.CRITICAL + 1)
 
 
 class _Adapter:
-    """A table worker as Ray Data wants it: errors that users can act on travel as they are."""
+    """A table worker as Ray Data wants it. What the worker raises travels to the driver as data.
+
+    Ray Data would wrap an exception of a call in several of its own, and lose that of a constructor; and it would do
+    again what failed for a reason. A worker that dies is Ray's to replace.
+    """
 
     def __init__(self, worker: Callable[..., TableWorker], arguments: tuple[Any, ...]) -> None:
-        self._worker = worker(*arguments)
+        self._make = worker, arguments
+        self._worker: TableWorker | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self._worker(batch)
+        try:
+            if self._worker is None:
+                worker, arguments = self._make
+                self._worker = worker(*arguments)
+            return self._worker(batch)
+        except Exception as error:  # noqa: BLE001  (raised again in the driver)
+            error.add_note(traceback.format_exc())
+            return pa.table({_FAILURE: pa.array([_pickled(error)], pa.binary())})
+
+
+def _pickled(error: Exception) -> bytes:
+    """The exception, or one that says the same where it cannot travel."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:  # noqa: BLE001  (any class may fail to be pickled in any way)
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return data
 
 
 def call_remote(

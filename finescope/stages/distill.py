@@ -25,6 +25,12 @@ from finescope.steps import Outcome, StepInput
 _REWRITE_UNIT = 64
 
 
+# Cached positions of the documents that are written together.
+_REWRITE_BATCH_TOKENS = 8192
+_DOCUMENT = {"doc_id": pa.string(), "prompt": pa.string(), "response": pa.string(), "selected": pa.bool_()}
+_UNITS = pa.schema([("unit", pa.int64()), *((name, pa.list_(type_)) for name, type_ in _DOCUMENT.items())])
+
+
 @dataclass(frozen=True)
 class _Pair:
     """What one document gives to train on; without a prompt it is plain text."""
@@ -52,14 +58,19 @@ class _Rewrite:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         unit = batch.to_pylist()[0]
-        pairs = [_Pair(*pair) for pair in zip(unit["doc_ids"], unit["prompts"], unit["responses"], strict=True)]
+        documents = pa.table({name: pa.array(unit[name], type_) for name, type_ in _DOCUMENT.items()})
         if self._rewriter is None:
+            section = self._job.section
             tokenizer = load_tokenizer(self._job.model)
-            self._rewriter = Rewriter(load_model(self._job.model), tokenizer, self._job.section)
-        table = self._rewriter([(p.doc_id, p.prompt, p.response) for p in pairs], unit["selected"])
+            self._rewriter = Rewriter(load_model(self._job.model), tokenizer, section.rewrite_tokens, _REWRITE_BATCH_TOKENS)
+        table = self._rewriter(documents, _silent)
         name = f"part-{unit['unit']:06d}.parquet"
         size = storage.put_parquet(storage.join(self._job.table_uri, name), table)
         return pa.table({"unit": [unit["unit"]], "rows": [table.num_rows], "bytes": [size]})
+
+
+def _silent(amount: int) -> None:
+    """Units are told of when they are done."""
 
 
 def distill(context: Context, corpus: CorpusSection, section: DistillSection, step: StepInput) -> Outcome:
@@ -114,15 +125,15 @@ def _rewrite(
     """The shards of `rewrites`. Units whose shard is there are not done again."""
     table_uri = storage.join(uri, name)
     there = set(storage.list_names(table_uri))
-    selected = round(section.rewrite_share * len(pairs)) if section.rewrite else 0
+    count = round(section.rewrite_share * len(pairs)) if section.rewrite else 0
     units = []
     for number, start in enumerate(range(0, len(pairs), _REWRITE_UNIT)):
         part = pairs[start : start + _REWRITE_UNIT]
-        columns = {"doc_ids": [p.doc_id for p in part], "prompts": [p.prompt for p in part], "responses": [p.response for p in part]}
-        units.append({"unit": number, **columns, "selected": max(0, min(len(part), selected - start))})
+        columns = {field: [getattr(pair, field) for pair in part] for field in ("doc_id", "prompt", "response")}
+        units.append({"unit": number, **columns, "selected": [start + place < count for place in range(len(part))]})
     left = [unit for unit in units if f"part-{unit['unit']:06d}.parquet" not in there]
     with context.reporter.task("distill: rewriting", len(pairs), "documents") as progress:
-        progress(len(pairs) - sum(len(unit["doc_ids"]) for unit in left))
+        progress(len(pairs) - sum(len(unit["doc_id"]) for unit in left))
         work = pa.Table.from_pylist(left, schema=_UNITS)
         job = _RewriteJob(model, section, table_uri)
         for record in context.runner.map(_Rewrite, (job,), work, Resources(memory_bytes(model, 1.5))):
@@ -133,17 +144,6 @@ def _rewrite(
         TableFile(path=path, rows=storage.read_parquet(full, ["doc_id"]).num_rows, bytes=storage.info(full).size)
         for path, full in infos
     )
-
-
-_UNITS = pa.schema(
-    [
-        ("unit", pa.int64()),
-        ("doc_ids", pa.list_(pa.string())),
-        ("prompts", pa.list_(pa.string())),
-        ("responses", pa.list_(pa.string())),
-        ("selected", pa.int64()),
-    ]
-)
 
 
 def _train(
@@ -202,4 +202,5 @@ def _metrics(uri: str, folder: str) -> tuple[TableFile, ...]:
 
 
 def _reference(step: StepInput, model: ModelReference, folder: str) -> ModelReference:
-    return reference_of(storage.join(step.uri, folder, "model") if folder else storage.join(step.uri, "model"), model, step.identity + folder)
+    place = storage.join(step.uri, *([folder] if folder else []), "model")
+    return reference_of(place, model, f"{step.identity}:{folder}")

@@ -12,11 +12,14 @@ from finescope.config import CorpusSection, EvaluateSection, SeedsSection
 from finescope.corpus.documents import read_seeds, read_texts
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
 from finescope.evaluation.perplexity import perplexity
-from finescope.evaluation.speed import throughput
+from finescope.evaluation.speed import parameter_bytes, throughput, weight_bytes
 from finescope.models.load import ModelReference, load_model, load_tokenizer
 from finescope.runners.base import Context, Progress, Resources
 from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, write_table
 from finescope.steps import Outcome, StepInput
+
+# One batch, measured a few times: the shape in which models are compared (documents, tokens read, tokens made, repeats).
+_SPEED_BATCH, _SPEED_PROMPT, _SPEED_DECODED, _SPEED_REPEATS = 4, 64, 8, 3
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,15 @@ def _measure(job: _Job, progress: Progress) -> dict[str, Any]:
         measured = perplexity(model, batches, progress)
         found["perplexity"][name] = measured.value
         found["tokens"][name] = measured.num_tokens
-    with storage.local_directory(job.model.path) as directory:
-        speed = throughput(model, directory)
-    return {**found, **speed._asdict()}
+    speed = throughput(model, _SPEED_BATCH, _SPEED_PROMPT, _SPEED_DECODED, _SPEED_REPEATS)
+    return {
+        **found,
+        "memory_bytes": parameter_bytes(model),
+        "prefill_tokens_per_second": speed.prefill,
+        "decode_tokens_per_second": speed.decode,
+        # A hub model has no directory of its own here; its file size is that of its weights as they are held.
+        "file_bytes": weight_bytes(job.model.path) if job.model.revision is None else parameter_bytes(model),
+    }
 
 
 def _flat(measured: dict[str, Any]) -> dict[str, float]:

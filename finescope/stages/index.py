@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from finescope import schemas, storage
 from finescope.config import CorpusSection
-from finescope.corpus.files import CorpusFile, resolve
+from finescope.corpus.files import CorpusFile, relative_names, resolve
 from finescope.corpus.units import inspect_file
 from finescope.errors import CorpusError, StepFailed
 from finescope.manifest import TableFile
@@ -73,7 +73,8 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
         "rejects": _write(step.uri, "rejects", rejects, schemas.REJECTS),
     }
     rows = sum(unit["num_rows"] for unit in documents)
-    facts = {"files": len(files), "documents": rows if section.limit is None else min(rows, section.limit)}
+    names = dict(zip((file.info.path for file in files), relative_names(files), strict=True))
+    facts = {"files": len(files), "names": names, "documents": rows if section.limit is None else min(rows, section.limit)}
     units_in = len(documents) + len(rejects)
     return Outcome(units_in, len(documents), len(rejects), tables, facts)
 

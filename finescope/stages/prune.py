@@ -11,7 +11,7 @@ from finescope.config import CorpusSection, PruneSection
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
 from finescope.models.anatomy import anatomy_of
 from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
-from finescope.pruning.prune import planned_tokens, prune_model
+from finescope.pruning.prune import prune_model
 from finescope.pruning.verify import verify_saved
 from finescope.runners.base import Context, Progress, Resources
 from finescope.stages.cards import model_card
@@ -47,7 +47,7 @@ def prune(context: Context, corpus: CorpusSection, section: PruneSection, step: 
     with context.reporter.task("prune", None, "tokens") as progress:
         importance, summary = context.runner.call(_prune, (job,), progress, Resources(memory_bytes(model, 3.0)))
     tables = {"importance": write_table(step.uri, "importance", importance)}
-    reference = reference_of(student_uri, model, f"{step.identity}:prune")
+    reference = reference_of(student_uri, model, step.identity)
     facts = {"reference": reference.model_dump(mode="json"), **summary}
     return Outcome(importance.num_rows, importance.num_rows, 0, tables, facts)
 
@@ -79,4 +79,7 @@ def _prune(job: _Job, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
         (local / "README.md").write_text(model_card(job.model, job.source, "pruned", summary), encoding="utf-8")
         verified = verify_saved(local, result.student, batches[0][0][:1, :32])
         storage.put_tree(local, job.uri)
-    return result.importance, {**result.summary, "planned_tokens": planned_tokens(job.section, batches), "reload": verified._asdict()}
+    return result.importance, {
+        **result.summary,
+        "reload": verified._asdict(),
+    }

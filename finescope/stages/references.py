@@ -43,6 +43,18 @@ def index_units(index: Manifest) -> list[dict[str, Any]]:
     return [row | {"unit": unit, "file_index": numbers[row["file"]]} for unit, row in enumerate(rows)]
 
 
+def limited_units(index: Manifest, limit: int | None) -> list[dict[str, Any]]:
+    """The units with `take`, the rows of each that are read, and `name`, the file's name in ids."""
+    names: dict[str, str] = index.facts["names"]
+    left = limit
+    units = []
+    for unit in index_units(index):
+        take = unit["num_rows"] if left is None else min(left, unit["num_rows"])
+        left = None if left is None else left - take
+        units.append(unit | {"take": take, "name": names[unit["file"]]})
+    return units
+
+
 class _Select:
     """Reads some rows of one unit; the table worker behind `read_located`."""
 

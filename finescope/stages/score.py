@@ -1,6 +1,5 @@
 """`score`: every document's likeness to the seeds, from the stored codes alone, in two passes over them."""
 
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -86,9 +85,7 @@ def score(
     return Outcome(embeddings.tables["embeddings"].rows, rows, 0, {"scores": shards}, facts)
 
 
-def _embed_seeds(
-    texts: list[str], model: ModelReference, dictionary: str, section: EmbedSection, progress: Progress
-) -> pa.Table:
+def _embed_seeds(texts: list[str], model: ModelReference, dictionary: str, section: EmbedSection, progress: Progress) -> pa.Table:
     table = embed_texts(texts, model, dictionary, section)
     progress(len(texts))
     return table
@@ -112,9 +109,7 @@ def _corpus_statistics(context: Context, units: pa.Table, num_latents: int, docu
     return reduce(
         add,
         (
-            CorpusStatistics(
-                part["documents"], np.array(part["sqrt_sum"]), np.array(part["share_sum"]), np.array(part["active"])
-            )
+            CorpusStatistics(part["documents"], np.array(part["sqrt_sum"]), np.array(part["share_sum"]), np.array(part["active"]))
             for part in parts
         ),
     )

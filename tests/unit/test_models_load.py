@@ -106,8 +106,8 @@ def test_remote_directory_loads(tmp_path: Path) -> None:
 
 def test_student_reference_follows_the_teachers_dtype(tmp_path: Path) -> None:
     teacher = reference(saved_model(tmp_path / "teacher", "llama"), dtype="bfloat16")
-    student = reference_of(str(saved_model(tmp_path / "student", "llama", num_layers=2)), teacher)
-    assert (student.dtype, student.num_layers) == ("bfloat16", 2)
+    student = reference_of(str(saved_model(tmp_path / "student", "llama", num_layers=2)), teacher, "step-1")
+    assert (student.dtype, student.num_layers, student.fingerprint) == ("bfloat16", 2, "step-1")
 
 
 def test_tokenizer_gets_a_pad_token_and_pads_right(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What `finescope inspect` shows of each table of a run: the summaries that are worth seeing first."""
+
+from collections.abc import Callable, Mapping
+
+import polars as pl
+
+from finescope.analysis import summaries
+from finescope.analysis.frames import corpus_sources, frames_of
+from finescope.manifest import Manifest
+
+Summaries = dict[str, pl.DataFrame]
+_NEAR = 5
+_LATENTS = 12
+
+
+def digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summaries:
+    """Summaries by title: of one table, or of all that the run has. A table that nothing is summarised of gives none."""
+    there = {name for manifest in manifests.values() for name in manifest.tables}
+    wanted = [name for name in _OF_TABLE if name in there and table in (None, name)]
+    return {title: frame for name in wanted for title, frame in _OF_TABLE[name](manifests).items()}
+
+
+def _scores(manifests: Mapping[str, Manifest]) -> Summaries:
+    scores, curated = frames_of(manifests, "scores"), frames_of(manifests, "curated")
+    found = {"score quantiles": summaries.score_quantiles(scores)}
+    if "curate" in manifests:
+        found["around the cut"] = summaries.near_misses(scores, curated, _NEAR)
+        found["top latents"] = summaries.top_latents(scores, curated, _LATENTS)
+    return found
+
+
+def _curated(manifests: Mapping[str, Manifest]) -> Summaries:
+    curated = frames_of(manifests, "curated")
+    by_source = summaries.sources(curated, corpus_sources(manifests))
+    seeds = manifests["score"].facts.get("seeds", []) if "score" in manifests else []
+    found = {} if by_source.is_empty() else {"sources": by_source}
+    return found | {"seeds": summaries.seed_hits(curated, seeds)}
+
+
+def _importance(manifests: Mapping[str, Manifest]) -> Summaries:
+    return {"pruned groups": summaries.pruned_groups(frames_of(manifests, "importance"))}
+
+
+def _rejects(manifests: Mapping[str, Manifest]) -> Summaries:
+    return {"rejects": summaries.rejects_by_reason(frames_of(manifests, "rejects"))}
+
+
+def _rewrites(manifests: Mapping[str, Manifest]) -> Summaries:
+    return {"rewrites": summaries.rewrites_by_reason(frames_of(manifests, "rewrites"))}
+
+
+def _metrics(manifests: Mapping[str, Manifest]) -> Summaries:
+    return {"metrics": summaries.last_metrics(frames_of(manifests, "metrics"))}
+
+
+_OF_TABLE: dict[str, Callable[[Mapping[str, Manifest]], Summaries]] = {
+    "scores": _scores,
+    "curated": _curated,
+    "importance": _importance,
+    "rewrites": _rewrites,
+    "metrics": _metrics,
+    "rejects": _rejects,
+}

@@ -1,0 +1,255 @@
+"""The HTML report of a run: one file, no script, nothing loaded from anywhere. A step that is not done has no section."""
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import polars as pl
+import yaml
+from markupsafe import Markup
+
+from finescope import storage
+from finescope.analysis import charts, summaries
+from finescope.analysis.frames import corpus_sources, frame_of, frames_of
+from finescope.analysis.table import closing_grid, shown
+from finescope.config import STEPS
+from finescope.manifest import Manifest, now
+
+REPORT = "report.html"
+_EXAMPLES = 8
+_TEXT_CHARACTERS = 900
+_REWRITES = 3
+_SAE_CURVES = {
+    "fvu": "fraction of variance unexplained",
+    "dead_share": "share of dead latents",
+    "loss": "loss",
+    "l0": "active latents a token",
+}
+_SAE_FACTS = ("layer", "architecture", "num_latents", "k", "fvu", "dead_share", "l0", "tokens", "held_out_tokens")
+_DISTILL_CURVES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
+# Cells of a block's row in the map of its groups: enough to see the shape, few enough to be drawn.
+_CELLS = 48
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The manifests of a run, and shorthands for what is done of it."""
+
+    manifests: Mapping[str, Manifest]
+
+    def has(self, step: str, table: str) -> bool:
+        return step in self.manifests and table in self.manifests[step].tables
+
+    def frame(self, step: str, table: str) -> pl.LazyFrame:
+        return frame_of(self.manifests[step], table)
+
+    def facts(self, step: str) -> dict[str, Any]:
+        return self.manifests[step].facts if step in self.manifests else {}
+
+
+def write_report(output: str, manifests: Mapping[str, Manifest], to_uri: str) -> None:
+    """Write the report of the run at `output` to the file `to_uri`."""
+    storage.put_bytes(to_uri, render(output, manifests).encode())
+
+
+def render(output: str, manifests: Mapping[str, Manifest]) -> str:
+    """The report as HTML. All text of the corpus is escaped; only the charts are inserted as they are."""
+    run = _Run({name: manifests[name] for name in STEPS if name in manifests and name != "report"})
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": _count, "percent": _percent, "seconds": _seconds}
+    source = importlib.resources.files("finescope.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        name=output.rstrip("/").rsplit("/", 1)[-1],
+        output=output,
+        written=now()[:16].replace("T", " "),
+        model=run.facts("model").get("source", ""),
+        tiles=_tiles(run),
+        grid=closing_grid(manifests),
+        target_source=run.facts("evaluate").get("target_source"),
+        scores=_scores(run),
+        curated=_curated(run),
+        sae=_sae(run),
+        pruned=_pruned(run),
+        distilled=_distilled(run),
+        rewrites=_rewrites(run),
+        rejects=summaries.rejects_by_reason(frames_of(run.manifests, "rejects")).to_dicts(),
+        times=summaries.wall_time(run.manifests).to_dicts(),
+        steps=_steps(run),
+        versions=next((m.versions for m in reversed([*run.manifests.values()])), {}),
+        machines=sorted({m.machine for m in run.manifests.values()}),
+    )
+
+
+def _tiles(run: _Run) -> list[dict[str, str]]:
+    """The run in four figures: label, value, note."""
+    grid, tiles = closing_grid(run.manifests), []
+    before, after = grid.value("parameters", "base"), grid.value("parameters", "recovered")
+    if before and after:
+        note = f"{shown(before, 'count')} to {shown(after, 'count')}"
+        tiles.append({"label": "parameters removed", "value": _percent(1 - after / before), "note": note})
+    perplexity = {model: grid.value("perplexity, target", model) for model in grid.columns}
+    if (base := perplexity.get("base")) and (recovered := perplexity.get("recovered")):
+        note = f"{shown(base, 'perplexity')} base, {shown(perplexity.get('pruned'), 'perplexity')} pruned"
+        tiles.append({"label": "target perplexity, recovered", "value": shown(recovered, "perplexity"), "note": note})
+    if "curate" in run.manifests:
+        kept, scored = run.manifests["curate"].rows_out, run.facts("curate").get("scored", 0)
+        tiles.append({"label": "documents curated", "value": f"{kept:,}", "note": f"of {scored:,} scored"})
+    if run.manifests:
+        total = sum(m.seconds for m in run.manifests.values())
+        slowest = max(run.manifests.values(), key=lambda m: m.seconds)
+        tiles.append({"label": "wall time", "value": _seconds(total), "note": f"most of it in {slowest.step}"})
+    return tiles
+
+
+def _scores(run: _Run) -> dict[str, Any] | None:
+    if not (run.has("score", "scores") and run.has("curate", "curated")):
+        return None
+    scores, curated = run.frame("score", "scores"), run.frame("curate", "curated")
+    cut = run.facts("curate").get("lowest_score")
+    return {
+        "cut": cut,
+        "scored": run.manifests["score"].tables["scores"].rows,
+        "rejected": run.manifests["curate"].rejects,
+        "chart": Markup(charts.histogram(summaries.score_histogram(scores, curated, 60), cut)),
+        "quantiles": summaries.score_quantiles(scores).to_dicts(),
+        "near": summaries.near_misses(scores, curated, 4).to_dicts(),
+    }
+
+
+def _curated(run: _Run) -> dict[str, Any] | None:
+    if not run.has("curate", "curated"):
+        return None
+    curated, seeds = run.frame("curate", "curated"), run.facts("score").get("seeds", [])
+    by_source = summaries.sources(curated, corpus_sources(run.manifests))
+    found: dict[str, Any] = {
+        "documents": run.manifests["curate"].rows_out,
+        "sources": by_source.to_dicts(),
+        "seeds": summaries.seed_hits(curated, seeds).to_dicts(),
+        "latents": [],
+        "examples": _examples(run, curated, seeds),
+    }
+    if run.has("score", "scores"):
+        found["latents"] = summaries.top_latents(run.frame("score", "scores"), curated, 12).to_dicts()
+    return found
+
+
+def _examples(run: _Run, curated: pl.LazyFrame, seeds: list[str]) -> list[dict[str, Any]]:
+    """Curated documents from the best to the last one kept, evenly spaced in rank."""
+    total = run.manifests["curate"].tables["curated"].rows
+    ranks = sorted({1 + round(at * (total - 1) / max(_EXAMPLES - 1, 1)) for at in range(_EXAMPLES)})
+    columns = ["rank", "doc_id", "score", "seed", "text"]
+    columns += [summaries.SOURCE] if summaries.SOURCE in curated.collect_schema() else []
+    rows = curated.filter(pl.col("rank").is_in(ranks)).select(columns)
+    if run.has("score", "scores"):
+        rows = rows.join(run.frame("score", "scores").select("doc_id", "top_latents"), on="doc_id", how="left")
+    seed_latents = run.facts("score").get("seed_latents", [])
+    examples = []
+    for row in rows.collect().sort("rank").to_dicts():
+        seed = row["seed"]
+        of_seed = set(seed_latents[seed]) if seed < len(seed_latents) else set()
+        latents = [{"id": latent, "of_seed": latent in of_seed} for latent in row.get("top_latents") or []]
+        seed_text = _cut(seeds[seed], 300) if seed < len(seeds) else ""
+        examples.append(row | {"text": _cut(row["text"], _TEXT_CHARACTERS), "seed_text": seed_text, "latents": latents})
+    return examples
+
+
+def _sae(run: _Run) -> dict[str, Any] | None:
+    if "sae" not in run.manifests:
+        return None
+    facts = run.facts("sae")
+    shown_facts = {name: facts[name] for name in _SAE_FACTS if facts.get(name) is not None}
+    shown_facts["coordinates"] = len(facts.get("coordinates", ()))
+    return {"facts": shown_facts, "charts": _curve_charts(run, "sae", _SAE_CURVES)}
+
+
+def _distilled(run: _Run) -> dict[str, Any] | None:
+    if "distill" not in run.manifests:
+        return None
+    facts = {name: value for name, value in run.facts("distill").items() if isinstance(value, int | float | str)}
+    return {"facts": facts, "charts": _curve_charts(run, "distill", _DISTILL_CURVES)}
+
+
+def _curve_charts(run: _Run, step: str, titles: Mapping[str, str]) -> list[Markup]:
+    """A chart a metric that was recorded more than once; the control student's curve goes into the same."""
+    # `metrics` has no column for the training step: where not every step was recorded, this fact tells which were.
+    recorded = dict(enumerate(run.facts(step).get("history_steps", ()), start=1))
+    series = {"metrics": "recovered" if step == "distill" else step, "control_metrics": "control"}
+    found = [
+        summaries.curves(run.frame(step, table), list(titles)).with_columns(series=pl.lit(label))
+        for table, label in series.items()
+        if run.has(step, table)
+    ]
+    drawn = []
+    for name, title in titles.items():
+        points = pl.concat([frame.filter(pl.col("name") == name) for frame in found]) if found else pl.DataFrame()
+        if points.height > 1:
+            at = pl.col("point").replace(recorded).alias("x")
+            drawn.append(Markup(charts.lines(points.select(at, "value", "series"), title)))
+    return drawn
+
+
+def _pruned(run: _Run) -> dict[str, Any] | None:
+    if not run.has("prune", "importance"):
+        return None
+    importance = run.frame("prune", "importance")
+    groups = summaries.pruned_groups(importance)
+    maps = {
+        title: summaries.importance_map(importance, kind, _CELLS)
+        for kind, title in (("heads", "key/value heads"), ("mlp", "MLP channels"))
+        if kind in groups["kind"]
+    }
+    totals = groups.group_by("kind").agg(
+        pl.col("kept", "removed", "params_removed").sum(),
+        pl.col("importance_removed").mean(),
+        pl.col("layer").n_unique().alias("layers"),
+    )
+    return {
+        "chart": Markup(charts.importance_maps(maps)),
+        "kinds": totals.sort("kind").to_dicts(),
+        "layers": groups.to_dicts(),
+        "facts": run.facts("prune"),
+    }
+
+
+def _rewrites(run: _Run) -> dict[str, Any] | None:
+    if not run.has("distill", "rewrites"):
+        return None
+    rewrites = run.frame("distill", "rewrites")
+    chosen = rewrites.filter(pl.col("used") == "rewrite").head(_REWRITES).collect()
+    texts = ("prompt", "response_original", "response")
+    pairs = [row | {name: _cut(row[name] or "", _TEXT_CHARACTERS) for name in texts} for row in chosen.to_dicts()]
+    return {"reasons": summaries.rewrites_by_reason(rewrites).to_dicts(), "pairs": pairs}
+
+
+def _steps(run: _Run) -> list[dict[str, Any]]:
+    """What each done step was asked for and is known by."""
+    return [
+        {
+            "step": name,
+            "identity": manifest.identity,
+            "version": manifest.version,
+            "started": manifest.started[:19].replace("T", " "),
+            "section": yaml.safe_dump(manifest.section, sort_keys=False, allow_unicode=True).strip(),
+        }
+        for name, manifest in run.manifests.items()
+    ]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most].rstrip() + " ..."
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if abs(value) < 0.1 else f"{100 * value:.0f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else f"{value // 60:.0f} min {value % 60:.0f} s"

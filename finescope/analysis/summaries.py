@@ -1,0 +1,167 @@
+"""What a run's tables say, as small Polars frames. Pure: frames and manifests in, frames out; aggregated before collected."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from finescope.config import STEPS
+from finescope.manifest import Manifest
+
+_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+# The column by which a corpus says where a document came from.
+SOURCE = "source"
+
+
+def score_quantiles(scores: pl.LazyFrame) -> pl.DataFrame:
+    """The distribution of the scores: quantile, score."""
+    columns = [pl.col("score").quantile(q, "nearest").alias(str(q)) for q in _QUANTILES]
+    values = scores.select(columns).collect().row(0)
+    return pl.DataFrame({"quantile": _QUANTILES, "score": values}, schema={"quantile": pl.Float64, "score": pl.Float64})
+
+
+def score_histogram(scores: pl.LazyFrame, curated: pl.LazyFrame, bins: int) -> pl.DataFrame:
+    """Documents in `bins` equal intervals of the score: low, high, scored, curated. Empty where nothing was scored."""
+    low, high = scores.select(pl.col("score").min().alias("low"), pl.col("score").max().alias("high")).collect().row(0)
+    if low is None:
+        return pl.DataFrame(schema={"low": pl.Float64, "high": pl.Float64, "scored": pl.UInt32, "curated": pl.UInt32})
+    width = max(high - low, 1e-9) / bins
+    edges = pl.DataFrame({"bin": range(bins)}, schema={"bin": pl.Int64})
+    at = ((pl.col("score").cast(pl.Float64) - low) / width).floor().cast(pl.Int64).clip(0, bins - 1).alias("bin")
+    for name, frame in (("scored", scores), ("curated", curated)):
+        counted = frame.group_by(at).agg(pl.len().alias(name)).collect()
+        edges = edges.join(counted, on="bin", how="left").with_columns(pl.col(name).fill_null(0))
+    bounds = [(low + pl.col("bin") * width).alias("low"), (low + (pl.col("bin") + 1) * width).alias("high")]
+    return edges.sort("bin").select(*bounds, "scored", "curated")
+
+
+def near_misses(scores: pl.LazyFrame, curated: pl.LazyFrame, count: int) -> pl.DataFrame:
+    """The `count` documents that were kept last and the `count` best below them: kept, doc_id, score, seed, top_latents.
+
+    A document above the last one kept that is not in the curated set was rejected by `curate`; `rejects` says why.
+    """
+    kept = curated.select("doc_id", "score").bottom_k(count, by=["score", "doc_id"], reverse=[False, True]).collect()
+    if kept.is_empty():
+        return pl.DataFrame(schema={"kept": pl.Boolean, **scores.select(_NEAR).collect_schema()})
+    kept = kept.sort(["score", "doc_id"], descending=[True, False])
+    score, doc_id = kept["score"][-1], kept["doc_id"][-1]
+    below = (pl.col("score") < score) | ((pl.col("score") == score) & (pl.col("doc_id") > doc_id))
+    rest = scores.filter(below).select(_NEAR).bottom_k(count, by=["score", "doc_id"], reverse=[True, False]).collect()
+    last = scores.filter(pl.col("doc_id").is_in(kept["doc_id"].to_list())).select(_NEAR).collect()
+    both = pl.concat([last.with_columns(kept=pl.lit(True)), rest.with_columns(kept=pl.lit(False))])
+    return both.sort(["score", "doc_id"], descending=[True, False]).select("kept", *_NEAR)
+
+
+_NEAR = ("doc_id", "score", "seed", "top_latents")
+
+
+def sources(curated: pl.LazyFrame, corpus: Mapping[str, int]) -> pl.DataFrame:
+    """Documents by the curated table's `source` column: source, documents, share, and corpus, corpus_share, where known.
+
+    Args:
+        corpus: documents of the whole corpus by source; empty where that is not known.
+
+    Returns:
+        The largest share first; without rows where the corpus has no such column.
+    """
+    counts = {"source": pl.String, "documents": pl.UInt32, "corpus": pl.Int64}
+    if SOURCE not in curated.collect_schema():
+        return _with_shares(pl.DataFrame(schema=counts))
+    named = pl.col(SOURCE).cast(pl.String).fill_null("(none)").alias("source")
+    found = curated.group_by(named).agg(pl.len().alias("documents")).collect()
+    known = pl.DataFrame(
+        {"source": list(corpus), "corpus": list(corpus.values())}, schema={k: counts[k] for k in ("source", "corpus")}
+    )
+    joined = found.join(known, on="source", how="full", coalesce=True).with_columns(pl.col("documents").fill_null(0))
+    return _with_shares(joined).sort(["share", "corpus", "source"], descending=[True, True, False], nulls_last=True)
+
+
+def _with_shares(counts: pl.DataFrame) -> pl.DataFrame:
+    share = pl.col("documents") / pl.col("documents").sum()
+    corpus_share = pl.when(pl.col("corpus").count() > 0).then(pl.col("corpus") / pl.col("corpus").sum())
+    return counts.select("source", "documents", share.alias("share"), "corpus", corpus_share.alias("corpus_share"))
+
+
+def seed_hits(curated: pl.LazyFrame, seeds: list[str]) -> pl.DataFrame:
+    """Curated documents by their nearest seed: seed, documents, best, mean (scores), text. All seeds, in their order."""
+    asked = pl.DataFrame({"seed": range(len(seeds)), "text": seeds}, schema={"seed": pl.Int32, "text": pl.String})
+    score = pl.col("score")
+    found = curated.group_by("seed").agg(pl.len().alias("documents"), score.max().alias("best"), score.mean().alias("mean"))
+    joined = asked.join(found.collect(), on="seed", how="left").with_columns(pl.col("documents").fill_null(0))
+    return joined.sort("seed").select("seed", "documents", "best", "mean", "text")
+
+
+def top_latents(scores: pl.LazyFrame, curated: pl.LazyFrame, count: int) -> pl.DataFrame:
+    """Latents that most often are among a curated document's reasons: latent, documents, share (of the curated set)."""
+    documents = curated.select(pl.len()).collect().item()
+    reasons = scores.join(curated.select("doc_id"), on="doc_id", how="semi").select(pl.col("top_latents").alias("latent"))
+    counted = reasons.explode("latent").drop_nulls().group_by("latent").agg(pl.len().alias("documents"))
+    shares = counted.with_columns((pl.col("documents") / max(documents, 1)).alias("share"))
+    return shares.collect().sort(["documents", "latent"], descending=[True, False]).head(count)
+
+
+def pruned_groups(importance: pl.LazyFrame) -> pl.DataFrame:
+    """By layer and kind: kept, removed (groups), params_removed, importance_removed (share of the layer's importance of
+    that kind)."""
+    kept, value = pl.col("kept"), pl.col("importance").cast(pl.Float64)
+    columns = [
+        kept.sum().alias("kept"),
+        (~kept).sum().alias("removed"),
+        pl.col("num_params").filter(~kept).sum().alias("params_removed"),
+        (value.filter(~kept).sum() / value.sum()).fill_nan(0.0).alias("importance_removed"),
+    ]
+    return importance.group_by("layer", "kind").agg(columns).collect().sort("kind", "layer")
+
+
+def importance_map(importance: pl.LazyFrame, kind: str, bins: int) -> pl.DataFrame:
+    """One block's groups of a kind in at most `bins` cells, most important first, what was kept before what was removed.
+
+    Returns:
+        layer, cell (0-based), importance (mean over the cell's groups), kept (whether most of them were).
+    """
+    ordered = importance.filter(pl.col("kind") == kind).sort(["layer", "kept", "importance"], descending=[False, True, True])
+    place, size = pl.int_range(pl.len()).over("layer"), pl.len().over("layer")
+    cell = (place * pl.min_horizontal(size, pl.lit(bins)) // size).alias("cell")
+    means = [pl.col("importance").cast(pl.Float64).mean(), (pl.col("kept").mean() >= 0.5).alias("kept")]
+    return ordered.with_columns(cell).group_by("layer", "cell").agg(means).collect().sort("layer", "cell")
+
+
+def rejects_by_reason(rejects: pl.LazyFrame) -> pl.DataFrame:
+    """Rejects by step and reason: step, reason, rows, example (the detail of the first). Most rows first."""
+    grouped = rejects.group_by("step", "reason").agg(
+        pl.len().alias("rows"), pl.col("detail").drop_nulls().first().alias("example")
+    )
+    return grouped.collect().sort(["rows", "step", "reason"], descending=[True, False, False])
+
+
+def curves(metrics: pl.LazyFrame, names: list[str]) -> pl.DataFrame:
+    """Training curves: name, point (1-based, the order in which they were recorded), value."""
+    kept = metrics.filter(pl.col("name").is_in(names)).select("name", "value").collect()
+    return kept.select("name", (pl.int_range(pl.len()).over("name") + 1).alias("point"), "value")
+
+
+def last_metrics(metrics: pl.LazyFrame) -> pl.DataFrame:
+    """Each metric's course in one row: step, name, points, first, last."""
+    value = pl.col("value")
+    columns = [pl.len().alias("points"), value.first().alias("first"), value.last().alias("last")]
+    return metrics.group_by("step", "name", maintain_order=True).agg(columns).collect()
+
+
+def rewrites_by_reason(rewrites: pl.LazyFrame) -> pl.DataFrame:
+    """What the student was trained on, rewrite or original, and why: used, reason, documents, share."""
+    counted = rewrites.group_by("used", pl.col("reason").fill_null("")).agg(pl.len().alias("documents")).collect()
+    shares = counted.with_columns((pl.col("documents") / pl.col("documents").sum()).alias("share"))
+    return shares.sort(["documents", "used", "reason"], descending=[True, False, False])
+
+
+def wall_time(manifests: Mapping[str, Manifest]) -> pl.DataFrame:
+    """Time by step, in the order of the pipeline: step, seconds, share, rows_in, rows_out, rejects."""
+    rows: list[dict[str, Any]] = [
+        {"step": name, "seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejects": m.rejects}
+        for name in STEPS
+        if (m := manifests.get(name)) is not None
+    ]
+    integers = dict.fromkeys(("rows_in", "rows_out", "rejects"), pl.Int64)
+    frame = pl.DataFrame(rows, schema={"step": pl.String, "seconds": pl.Float64, **integers})
+    share = (pl.col("seconds") / pl.col("seconds").sum()).alias("share")
+    return frame.select("step", "seconds", share, *integers)

@@ -1,0 +1,205 @@
+"""The loop with the plain engine: killed and resumed equals undisturbed, to the last bit."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from distillation_fixtures import distill_section, random_examples, student_directory
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finescope import schemas, storage
+from finescope.distillation import loop
+from finescope.distillation.checkpoint import complete_steps
+from finescope.distillation.engine import OptimizerSettings, PlainEngine
+from finescope.distillation.examples import to_table
+from finescope.distillation.loop import TrainJob, plan, train
+from finescope.errors import StepFailed
+
+
+class Killed(BaseException):
+    """As sudden as a signal: nothing in the project may catch it."""
+
+
+def killer(after: int) -> Callable[[int], None]:
+    done = 0
+
+    def progress(steps: int) -> None:
+        nonlocal done
+        done += steps
+        if done >= after:
+            raise Killed
+
+    return progress
+
+
+def job_at(root: Path, student: str, **changes: object) -> TrainJob:
+    return TrainJob(student, random_examples(12), distill_section(**changes), str(root / "checkpoints"), str(root / "out"))
+
+
+def weights(job: TrainJob) -> dict[str, torch.Tensor]:
+    return load_file(Path(job.output) / "model" / "model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
+    return student_directory(tmp_path_factory.mktemp("student"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("kills", [(1,), (3, 4), (2, 3, 6)])
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, student: str, method: str, kills: tuple[int, ...]) -> None:
+    calm = job_at(tmp_path / "calm", student, method=method)
+    train(calm, PlainEngine, lambda _: None)
+    shot = job_at(tmp_path / "shot", student, method=method)
+    for after in kills:
+        with pytest.raises(Killed):
+            train(shot, PlainEngine, killer(after))
+    told: list[int] = []
+    train(shot, PlainEngine, told.append)
+    assert sum(told) == len(plan(shot).steps) == 6
+    assert equal(weights(calm), weights(shot))
+    assert complete_steps(shot.checkpoints) == [6, 4]
+
+
+def test_real_kill(tmp_path: Path, student: str) -> None:
+    job = job_at(tmp_path / "shot", student)
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
+    script = (
+        "import os, pickle, signal, sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from finescope.distillation.loop import train\n"
+        "from finescope.distillation.engine import PlainEngine\n"
+        "done = 0\n"
+        "def progress(n):\n"
+        "    global done\n"
+        "    done += n\n"
+        "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train(pickle.load(open(sys.argv[1], 'rb')), PlainEngine, progress)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "job")], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert run.returncode == -signal.SIGKILL
+    assert complete_steps(job.checkpoints) == [2]
+    assert not storage.exists(job.output)
+    train(job, PlainEngine, lambda _: None)
+    calm = job_at(tmp_path / "calm", student)
+    train(calm, PlainEngine, lambda _: None)
+    assert equal(weights(calm), weights(job))
+
+
+def test_half_written_checkpoint_does_not_count(tmp_path: Path, student: str) -> None:
+    job = job_at(tmp_path, student)
+    with pytest.raises(Killed):
+        train(job, PlainEngine, killer(4))
+    (Path(job.checkpoints) / "step-00000004" / "done.json").unlink()
+    told: list[int] = []
+    train(job, PlainEngine, told.append)
+    assert told == [2, 1, 1, 1, 1]
+
+
+def test_checkpoint_of_other_examples_is_refused(tmp_path: Path, student: str) -> None:
+    job = job_at(tmp_path, student)
+    with pytest.raises(Killed):
+        train(job, PlainEngine, killer(2))
+    with pytest.raises(StepFailed, match="another training"):
+        train(replace(job, examples=random_examples(12, seed=5)), PlainEngine, lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_result_is_a_stock_directory_with_its_adapter_beside(tmp_path: Path, dtype: torch.dtype) -> None:
+    student = student_directory(tmp_path / "student", dtype)
+    job = job_at(tmp_path, student)
+    uri = str(tmp_path / "examples.parquet")
+    storage.put_parquet(uri, to_table(job.examples))
+    job = replace(job, examples=uri)
+    train(job, PlainEngine, lambda _: None)
+    model = AutoModelForCausalLM.from_pretrained(f"{job.output}/model")
+    base = AutoModelForCausalLM.from_pretrained(student)
+    assert model.dtype == base.dtype == dtype
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert AutoTokenizer.from_pretrained(f"{job.output}/model").chat_template
+    assert (Path(job.output) / "model" / "generation_config.json").exists()
+    ids = torch.randint(3, 259, (1, 8))
+    assert not torch.equal(model(ids).logits, base(ids).logits)
+    with_adapter = PeftModel.from_pretrained(base, f"{job.output}/adapter")
+    torch.testing.assert_close(with_adapter(ids).logits, model(ids).logits, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    table = storage.read_parquet(f"{job.output}/metrics/part-00000.parquet")
+    assert table.schema == schemas.METRICS
+    losses = [row["value"] for row in table.to_pylist() if row["name"] == "loss"]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_cap_on_tokens(tmp_path: Path, student: str) -> None:
+    job = replace(job_at(tmp_path, student), cap_tokens=100)
+    train(job, PlainEngine, lambda _: None)
+    assert plan(job).tokens <= 100
+    record = json.loads((Path(job.checkpoints) / f"step-{len(plan(job).steps):08d}" / "done.json").read_text())
+    assert record["tokens"] == plan(job).tokens
+
+
+class NonFiniteAt(PlainEngine):
+    """Spoils the loss of the calls that are named."""
+
+    calls: tuple[int, ...] = ()
+    count = 0
+
+    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = super().__call__(tokens, targets)
+        self.count += 1
+        return loss * float("nan") if self.count in self.calls else loss
+
+
+@pytest.mark.parametrize(("calls", "fails"), [((2,), False), ((1, 2, 3, 4), False), (tuple(range(1, 99)), True)])
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, student: str, calls: tuple[int, ...], fails: bool) -> None:
+    def factory(module: torch.nn.Module, settings: OptimizerSettings) -> NonFiniteAt:
+        engine = NonFiniteAt(module, settings)
+        engine.calls = calls
+        return engine
+
+    job = job_at(tmp_path, student, micro_batch_tokens=4096)
+    if fails:
+        with pytest.raises(StepFailed, match="5 training steps in a row"):
+            train(job, factory, lambda _: None)
+        return
+    train(job, factory, lambda _: None)
+    record = json.loads((Path(job.checkpoints) / "step-00000006" / "done.json").read_text())
+    assert record["skipped"] == len(calls)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(job).values())
+
+
+def test_micro_batches_do_not_change_the_gradient(tmp_path: Path, student: str) -> None:
+    one, many = (job_at(tmp_path / str(budget), student, micro_batch_tokens=budget) for budget in (4096, 33))
+    for job in (one, many):
+        train(job, PlainEngine, lambda _: None)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(many)[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_to_train_on(tmp_path: Path, student: str) -> None:
+    with pytest.raises(StepFailed, match="no example"):
+        train(replace(job_at(tmp_path, student), examples=()), PlainEngine, lambda _: None)
+
+
+def test_schedule_by_hand() -> None:
+    rates = [loop.learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[9] > 0
