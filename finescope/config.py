@@ -9,12 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 STEPS = ("index", "model", "sae", "embed", "score", "curate", "prune", "distill", "evaluate", "report")
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown key."""
+    """Base of all sections: frozen, no unknown key, every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -90,7 +92,7 @@ class SaeSection(Section):
     buffer_tokens: int = Field(default=262_144, ge=1, description="activations of the shuffle buffer")
     epochs: int = Field(default=1, ge=1, description="passes over each filled shuffle buffer")
     learning_rate: float = Field(default=1e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")
-    seed: int = 0
+    seed: Seed = 0
     path: str | None = Field(default=None, description="a directory with a trained dictionary, used instead of training")
 
     @model_validator(mode="after")
@@ -141,7 +143,14 @@ class PruneSection(Section):
     documents: int = Field(default=256, ge=1, description="calibration documents, the best of the curated set")
     max_tokens: int = Field(default=256, ge=2, description="tokens of a calibration document")
     calibration: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
-    seed: int = 0
+    seed: Seed = 0
+
+    @field_validator("structure")
+    @classmethod
+    def _names_a_structure(cls, value: Any) -> Any:
+        if not value:
+            raise ValueError("expected auto, or at least one of heads and mlp")
+        return value
 
 
 class DistillSection(Section):
@@ -166,7 +175,7 @@ class DistillSection(Section):
     data: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
     control: bool = Field(default=False, description="train a second student on as many tokens of random documents")
     checkpoint_steps: int = Field(default=20, ge=1, description="optimiser steps between two checkpoints")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EvaluateSection(Section):
@@ -185,11 +194,11 @@ class ComputeSection(Section):
 
     runner: Literal["ray", "local"] = "ray"
     address: str | None = Field(default=None, description="Ray cluster; null: RAY_ADDRESS, else one is started here")
-    actors: Literal["auto"] | int = "auto"
-    gpus_per_actor: Literal["auto"] | float = "auto"
+    actors: Literal["auto"] | Count = "auto"
+    gpus_per_actor: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     cpus_per_actor: float = Field(default=1.0, gt=0.0)
     memory_per_actor_gb: float | None = Field(default=None, gt=0.0, description="asked of Ray's scheduler; null: estimated")
-    train_workers: Literal["auto"] | int = "auto"
+    train_workers: Literal["auto"] | Count = "auto"
 
 
 class Recipe(Section):

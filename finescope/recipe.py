@@ -19,7 +19,12 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be plain text; quote a value that begins with a brace or a bracket"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
             seen.add(key)
@@ -34,7 +39,7 @@ def load(path: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """
     try:
         text = storage.read_bytes(path).decode()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RecipeError(f"no recipe at '{path}'; `finescope init` writes one") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
@@ -61,9 +66,9 @@ def _yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{origin}:{where} is not YAML: {error.problem}") from None
+        raise RecipeError(f"{origin}:{where} cannot be read: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: is not YAML: {error}") from None
+        raise RecipeError(f"{origin} is not YAML: {str(error).splitlines()[0]}") from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -73,7 +78,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: expected section.field=value")
     place: Any = data
     for key in keys[:-1]:
-        place = place.setdefault(key, {})
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
         if not isinstance(place, dict):
             raise RecipeError(f"--set {override}: '{key}' is not a section")
     place[keys[-1]] = _yaml(value, f"--set {path}")
@@ -81,9 +88,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def _explain(item: Any) -> str:
     """One line for one pydantic error: path, what was given, what was expected, the nearest key."""
-    location = tuple(part for part in item["loc"] if not _is_branch(part))
+    unknown = item["type"] == "extra_forbidden"
+    location = tuple(part for part in item["loc"] if unknown or not _is_branch(part))
     path = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
+    if unknown:
         *parents, key = location
         fields = _fields_at(tuple(parents))
         near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
@@ -91,6 +99,8 @@ def _explain(item: Any) -> str:
         return f"{path}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{path}: missing"
+    if item["type"] == "model_type":
+        return f"{path}: a mapping of keys was expected, got {item['input']!r}; known: {', '.join(_fields_at(location))}"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{path}: {message}" if path else message
@@ -99,7 +109,7 @@ def _explain(item: Any) -> str:
 
 def _is_branch(part: Any) -> bool:
     """Whether pydantic put the name of a union's branch into an error's path."""
-    return isinstance(part, str) and ("[" in part or part in {"int", "float", "str"})
+    return isinstance(part, str) and ("[" in part or part.startswith("constrained-"))
 
 
 def _fields_at(path: tuple[Any, ...]) -> list[str]:

@@ -35,8 +35,10 @@ def write_example(directory: Path) -> list[Path]:
     """Write `recipe.yaml` and `seeds.jsonl` into `directory`; returns their paths.
 
     Raises:
-        UserError: one of them is there already.
+        UserError: one of them is there already, or `directory` is a file.
     """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"'{directory}' is a file; expected a directory: finescope init DIR")
     recipe, seeds = directory / "recipe.yaml", directory / "seeds.jsonl"
     for path in (recipe, seeds):
         if path.exists():

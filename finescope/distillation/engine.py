@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 STATE_FILE = "state.safetensors"
 # AdamW's, as torch has them; named because every engine must use the same.
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Engine(Protocol):
         """The module's loss, with a graph behind it."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradients to those of the step."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the loss's gradients to those of the step; `last`: `step` comes next."""
         ...
 
     def step(self, learning_rate: float) -> float:
@@ -91,7 +91,7 @@ class PlainEngine:
         with self._autocast():
             return self._module(tokens, targets)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`."""
         loss.backward()
 
@@ -120,7 +120,7 @@ class PlainEngine:
         if self.rank == 0:
             states = {name: self._optimizer.state.get(weight, {}) for name, weight in self._weights.items()}
             updates = max((int(state["step"]) for state in states.values() if state), default=0)
-            moments = {name: {key: state[key] for key in _MOMENTS} for name, state in states.items() if state}
+            moments = {name: {key: state[key] for key in MOMENTS} for name, state in states.items() if state}
             save_state(directory, self.trainable(), moments, updates)
 
     def load(self, directory: Path) -> None:
@@ -171,7 +171,7 @@ def save_state(directory: Path, weights: dict[str, Tensor], moments: dict[str, d
     """Write weights, Adam's moments and the number of updates made so far as one file of fp32 tensors."""
     tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
     for name, state in moments.items():
-        tensors.update({f"{key}/{name}": state[key].detach().float().cpu().contiguous() for key in _MOMENTS})
+        tensors.update({f"{key}/{name}": state[key].detach().float().cpu().contiguous() for key in MOMENTS})
     tensors["updates"] = torch.tensor(updates, dtype=torch.int64)
     save_file(tensors, str(directory / STATE_FILE))
 

@@ -116,10 +116,11 @@ def _step(engine: Engine, training: Training, section: DistillSection, cursor: C
     torch.manual_seed(int(np.random.SeedSequence([section.seed, cursor.step, engine.rank]).generate_state(1)[0]))
     targets_in_all = loss_tokens(training.examples, step)
     loss_sum, padded = 0.0, 0
-    for positions in micro_batches(step, engine.rank, engine.world_size, section.micro_batch_tokens):
+    batches = micro_batches(step, engine.rank, engine.world_size, section.micro_batch_tokens)
+    for number, positions in enumerate(batches, start=1):
         tokens, targets = collate(training.examples, step, positions)
         loss = engine(torch.from_numpy(tokens).to(engine.device), torch.from_numpy(targets).to(engine.device))
-        engine.backward(loss / targets_in_all)
+        engine.backward(loss / targets_in_all, last=number == len(batches))
         loss_sum += float(loss.detach())
         padded += tokens.size
     rate = learning_rate(cursor.step, len(training.steps), section.learning_rate, section.warmup_share)

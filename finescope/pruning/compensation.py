@@ -23,8 +23,7 @@ FLOOR = 1e-8  # ridge of a channel, in units of the mean second moment: keeps si
 class Refit(NamedTuple):
     """What one re-fit gained on the calibration tokens."""
 
-    layer: int  # 0-based block
-    name: str  # of the linear map, relative to the block
+    name: str  # module path of the linear map
     error_before: float  # squared error over the target's squared norm, with the original weights
     error_after: float  # the same with the re-fitted weights
 
@@ -44,7 +43,7 @@ class Moments:
     def add(self, inputs: Tensor, target: Tensor) -> None:
         """Take in tokens: inputs [tokens, in] and what the map should have added to the stream for them [tokens, out].
 
-        One batch's product is made in float32 (half the time of float64); sums over batches are float64.
+        One batch's product is made in float32, for half the time of float64 and the same solution; sums over batches are float64.
         """
         inputs, target = inputs.float(), target.float()
         residual = target - nn.functional.linear(inputs, self.module.weight.float(), _float(self.module.bias))
@@ -53,20 +52,22 @@ class Moments:
         self.error += float(residual.double().square().sum())
         self.target += float(target.double().square().sum())
 
-    def refit(self, layer: int, name: str) -> Refit:
+    def refit(self, name: str) -> Refit:
         """Set the map's weight to the ridge solution; its bias stays.
 
         Raises:
-            StepFailed: the solution is not finite.
+            StepFailed: the activations or the new weight are not finite.
         """
+        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
+            raise StepFailed(f"compensation: the activations at {name} are not finite")
         change = ridge(self.gram, self.cross)  # [in, out]
-        if not change.isfinite().all():
-            raise StepFailed(f"compensation: the re-fit of {name} in block {layer} is not finite (second moments overflow?)")
         gain = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
         with torch.no_grad():
             self.module.weight.copy_(self.module.weight.double() + change.T)
+        if not self.module.weight.isfinite().all():
+            raise StepFailed(f"compensation: the re-fitted weight of {name} is not finite in {self.module.weight.dtype}")
         scale = self.target or 1.0
-        return Refit(layer, name, self.error / scale, (self.error - float(gain)) / scale)
+        return Refit(name, self.error / scale, (self.error - float(gain)) / scale)
 
 
 def ridge(gram: Tensor, cross: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def compensate(
     (the attention sink, whose norm would outweigh all others) are left out of the fit. `progress` sums to the tokens once.
 
     Raises:
-        StepFailed: no document has two tokens, or a solution is not finite.
+        StepFailed: no document has two tokens, or activations or weights are not finite.
     """
     chosen = [_chosen(mask) for _, mask in batches]
     if not sum(int(mask.sum()) for mask in chosen):
@@ -128,7 +129,7 @@ def _refit_attention(
         inputs = attention_inputs(block, anatomy, hidden, arguments)
         here = mask.to(hidden.device)
         moments.add(inputs[here], target[here].float() - hidden[here].float())
-    return moments.refit(layer, anatomy.output)
+    return moments.refit(f"{anatomy.blocks}.{layer}.{anatomy.output}")
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def _refit_mlp(
         moments.add(inputs[here], target[here].float() - middle[here].float())
         stream.hidden[index] = middle
         channels.append(inputs)
-    refit = moments.refit(layer, anatomy.down)
+    refit = moments.refit(f"{anatomy.blocks}.{layer}.{anatomy.down}")
     for index, inputs in enumerate(channels):
         stream.hidden[index] = stream.hidden[index] + down(inputs)
     return refit

@@ -46,7 +46,7 @@ def groups_of(model: PreTrainedModel, anatomy: Anatomy) -> Groups:
     shapes = [[tuple(linear(block, name).weight.shape) for name in anatomy.block_linears] for block in blocks]
     for index, (block, found) in enumerate(zip(blocks, shapes, strict=True)):
         if found != shapes[0]:
-            raise ModelError(f"block {index} has other shapes than block 0 ({found} and {shapes[0]}): equal blocks are expected")
+            raise ModelError(f"'{anatomy.blocks}.{index}' has other shapes than the first block: {found}, expected {shapes[0]}")
         for name in anatomy.block_linears:
             if not linear(block, name).weight.is_floating_point():
                 raise ModelError(f"'{anatomy.blocks}.{index}.{name}' is quantised: pruning needs floating-point weights")

@@ -50,8 +50,8 @@ def taylor_importance(model: PreTrainedModel, anatomy: Anatomy, batches: Iterabl
 
     def reduce(parameter: nn.Parameter, part: GroupSlice, layer: int) -> None:
         assert parameter.grad is not None
-        product = parameter.grad.mul_(parameter.detach()).abs_()
-        sums[part.kind][layer] += weight[0] * group_sums(product.float(), part)
+        product = parameter.grad.float().mul_(parameter.detach()).abs_()
+        sums[part.kind][layer] += weight[0] * group_sums(product, part)
         parameter.grad = None
 
     with _gradients_of_groups(model, anatomy, groups, reduce):
@@ -68,7 +68,7 @@ def taylor_importance(model: PreTrainedModel, anatomy: Anatomy, batches: Iterabl
         for layer, values in enumerate(layers):
             if not np.isfinite(values).all():
                 raise StepFailed(
-                    f"importance: {kind} of block {layer} is not finite (dtype {model.dtype}); use float32 or bfloat16"
+                    f"importance: {kind} of {anatomy.blocks}.{layer} is not finite (dtype {model.dtype}); use float32 or bfloat16"
                 )
     return importance
 

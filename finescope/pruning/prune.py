@@ -20,7 +20,7 @@ from finescope.schemas import IMPORTANCE, conform
 class PruneResult(NamedTuple):
     """A pruned model and how it came about."""
 
-    student: PreTrainedModel  # a new stock model in eval mode; the model that was given is unchanged
+    student: PreTrainedModel  # a new stock model in eval mode
     importance: pa.Table  # schemas.IMPORTANCE: one row a group; layer is 1-based as in `sae.layer`, group_index 0-based
     summary: dict[str, Any]  # plain JSON: parameters, ratio reached, sizes kept, calibration, error of each re-fit
 
@@ -30,22 +30,20 @@ def prune_model(
 ) -> PruneResult:
     """Remove about `section.ratio` of the block parameters of `model`, chosen and compensated on `batches`.
 
-    The batches are the calibration set: (input_ids, attention_mask), int64 [documents, tokens], padded on the right. `progress`
-    is called with tokens, `planned_tokens(section, batches)` in all.
+    The model is in eval mode; it is not changed. The batches are the calibration set: (input_ids, attention_mask), int64
+    [documents, tokens], padded on the right. `progress` is called with tokens, `planned_tokens(section, batches)` in all.
 
     Raises:
         RecipeError: the ratio cannot be reached.
         ModelError: no stock class holds the student.
         StepFailed: the calibration set is empty or something is not finite.
     """
+    assert not model.training
     groups = groups_of(model, anatomy)
     importance = _importance(model, anatomy, groups, section, batches, progress)
     kept = choose(importance, groups, section.ratio, section.structure, section.round_to)
-    training = model.training
-    model.eval()
     student = cut(model, anatomy, groups, kept)
     refits = compensate(model, student, anatomy, batches, progress) if _refits(section) else []
-    model.train(training)
     after = groups_of(student, anatomy)
     blocks_before, blocks_after = (sizes.num_layers * sizes.block_params for sizes in (groups, after))
     summary = {
@@ -65,7 +63,7 @@ def prune_model(
         "calibration_documents": sum(len(mask) for _, mask in batches),
         "calibration_tokens": _num_tokens(batches),
         "compensated": bool(refits),
-        "refits": [refit._asdict() | {"layer": refit.layer + 1} for refit in refits],
+        "refits": [refit._asdict() for refit in refits],
     }
     return PruneResult(student, importance_table(importance, groups, kept), summary)
 

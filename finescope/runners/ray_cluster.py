@@ -66,7 +66,7 @@ class RayRunner:
     ) -> Result:
         """See `Runner.call`."""
         with _plain_errors():
-            return ray_data.call_remote(function, arguments, progress, self._options(resources))
+            return ray_data.call_remote(function, arguments, progress, self._whole_machine(resources))
 
     def train(
         self, loop: Callable[..., None], arguments: tuple[Any, ...], progress: Progress, resources: Resources, zero_stage: int
@@ -82,6 +82,14 @@ class RayRunner:
         """Shut down the session where this runner began it; a cluster that was joined stays."""
         if self._started_here:
             ray.shutdown()
+
+    def _whole_machine(self, resources: Resources) -> dict[str, Any]:
+        """As `_options`; without a GPU one machine's CPUs, as nothing else of the run is at work meanwhile."""
+        options = self._options(resources)
+        if not options["num_gpus"]:
+            cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+            options["num_cpus"] = max([options["num_cpus"], *cpus])
+        return options
 
     def _options(self, resources: Resources) -> dict[str, Any]:
         gpus = self._compute.gpus_per_actor

@@ -51,8 +51,8 @@ def map_units(
     )
     _quiet()
     # A block comes when its unit is done; nothing is fetched ahead, as the blocks are records of a few bytes.
-    for record in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        assert isinstance(record, pa.Table)
+    records: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for record in records:
         if _FAILURE in record.column_names:
             raise pickle.loads(record.column(_FAILURE)[0].as_py())
         yield record

@@ -9,7 +9,8 @@ import pyarrow as pa
 from finescope import schemas
 from finescope.config import CorpusSection, CurateSection
 from finescope.corpus.decontaminate import NgramIndex
-from finescope.corpus.documents import read_texts
+from finescope.corpus.documents import read_strings
+from finescope.corpus.reading import concat_rows
 from finescope.curation.select import Selection, candidates, windows
 from finescope.errors import StepFailed
 from finescope.runners.base import Context
@@ -24,7 +25,7 @@ def curate(context: Context, corpus: CorpusSection, section: CurateSection, step
         StepFailed: no document is left.
     """
     index, scores, model = step["index"], step["score"], model_of(step["model"])
-    ngrams = NgramIndex.build(read_texts(section.decontaminate, corpus)) if section.decontaminate else None
+    ngrams = NgramIndex.build(read_strings(section.decontaminate)) if section.decontaminate else None
     selection = Selection(section, ngrams)
     scored = scores.tables["scores"].rows
     kept: list[dict[str, Any]] = []
@@ -66,11 +67,9 @@ def curate(context: Context, corpus: CorpusSection, section: CurateSection, step
 
 
 def _curated(ranking: pl.DataFrame, selection: Selection, rows: Sequence[pa.Table]) -> pa.Table:
-    """The curated table: rank, doc_id, score, seed, the source's columns, text. A source column of one of these names
-    gets `source_` before it."""
+    """The curated table: rank, doc_id, score, seed, the source's columns as `read_selected` names them, text."""
     chosen = ranking[selection.kept]
-    source = pa.concat_tables(rows, promote_options="permissive")
-    own = {*schemas.CURATED_HEAD.names}
+    source = concat_rows(rows)
     head = {
         "rank": pa.array(range(1, chosen.height + 1), pa.int64()),
         "doc_id": pa.array(chosen["doc_id"].to_list(), pa.string()),
@@ -78,7 +77,7 @@ def _curated(ranking: pl.DataFrame, selection: Selection, rows: Sequence[pa.Tabl
         "seed": pa.array(chosen["seed"].to_list(), pa.int32()),
     }
     text = source.column("text").cast(pa.string())
-    middle = {f"source_{name}" if name in own else name: source.column(name) for name in source.column_names if name != "text"}
+    middle = {name: source.column(name) for name in source.column_names if name != "text"}
     return pa.table({**head, **middle, "text": text})
 
 

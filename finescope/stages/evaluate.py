@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from finescope import schemas, storage
 from finescope.config import CorpusSection, EvaluateSection, SeedsSection
 from finescope.corpus.documents import read_seeds, read_texts
-from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
-from finescope.evaluation.perplexity import perplexity
+from finescope.corpus.tokenise import tokenise
+from finescope.evaluation.perplexity import perplexity_of_documents
 from finescope.evaluation.speed import parameter_bytes, throughput, weight_bytes
 from finescope.models.load import ModelReference, load_model, load_tokenizer
 from finescope.runners.base import Context, Progress, Resources
@@ -38,10 +37,11 @@ def evaluate(context: Context, corpus: CorpusSection, seeds: SeedsSection, secti
         "target": _target(corpus, seeds, section, base)[: section.documents],
         "general": _general(context, corpus, section, step, base)[: section.documents],
     }
+    documents = sum(len(texts) for texts in sets.values())
     models: dict[str, Any] = {}
     for name, reference in _models(step, base).items():
         job = _Job(reference, sets, section)
-        with context.reporter.task(f"evaluate: {name}", None, "tokens") as progress:
+        with context.reporter.task(f"evaluate: {name}", documents, "documents") as progress:
             models[name] = context.runner.call(_measure, (job,), progress, Resources(memory_bytes(reference, 1.2)))
     rows = [
         {"step": "evaluate", "name": f"{name}.{key}", "value": float(value), "time": datetime.datetime.now(datetime.UTC)}
@@ -90,11 +90,7 @@ def _measure(job: _Job, progress: Progress) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": job.model.num_parameters, "perplexity": {}, "tokens": {}}
     for name, texts in job.sets.items():
         tokens = tokenise(tokenizer, list(texts), job.section.max_tokens)
-        batches = []
-        for batch in length_batches([len(item) for item in tokens], job.section.batch_tokens):
-            ids, mask = pad_batch([tokens[index] for index in batch], tokenizer.pad_token_id)
-            batches.append((torch.from_numpy(ids), torch.from_numpy(mask)))
-        measured = perplexity(model, batches, progress)
+        measured = perplexity_of_documents(model, tokens, job.section.batch_tokens, tokenizer.pad_token_id, progress)
         found["perplexity"][name] = measured.value
         found["tokens"][name] = measured.num_tokens
     speed = throughput(model, _SPEED_BATCH, _SPEED_PROMPT, _SPEED_DECODED, _SPEED_REPEATS)

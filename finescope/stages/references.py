@@ -9,6 +9,7 @@ import pyarrow as pa
 from finescope import storage
 from finescope.config import CorpusSection
 from finescope.corpus.documents import read_selected
+from finescope.corpus.reading import concat_rows
 from finescope.manifest import Manifest, TableFile
 from finescope.models.load import ModelReference, load_tokenizer
 from finescope.runners.base import Context, Resources
@@ -89,7 +90,7 @@ def read_located(
             progress(table.num_rows)
     if not tables:
         return pa.table({"text": pa.array([], pa.string())})
-    read = pa.concat_tables(tables, promote_options="permissive")
+    read = concat_rows(tables)
     places = {place: at for at, place in enumerate(zip(_ints(read, "__unit"), _ints(read, "__row"), strict=True))}
     order = [
         places[units[file, row_group]["unit"], row]

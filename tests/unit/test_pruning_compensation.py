@@ -36,7 +36,7 @@ def test_refit_equals_lstsq():
     moments = Moments(module)
     for start in range(0, 30, 10):
         moments.add(inputs[start : start + 10], target[start : start + 10])
-    refit = moments.refit(0, "down")
+    refit = moments.refit("down")
     expected = ridge_by_lstsq(inputs.double().numpy(), target.double().numpy() - bias, weight)
     np.testing.assert_allclose(module.weight.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
     error = ((target - module(inputs)) ** 2).sum() / (target**2).sum()
@@ -102,7 +102,8 @@ def test_streamed_equals_naive(family, kept):
         refitted = "down_proj" in name or ("o_proj" in name and kept is FEWER)
         assert torch.equal(value, original[name]) != refitted, name
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [refit.layer for refit in refits] == ([0, 0, 1, 1, 2, 2] if kept is FEWER else [0, 1, 2])
+    maps = ("self_attn.o_proj", "mlp.down_proj") if kept is FEWER else ("mlp.down_proj",)
+    assert [refit.name for refit in refits] == [f"model.layers.{layer}.{name}" for layer in range(3) for name in maps]
     assert all(refit.error_after < refit.error_before for refit in refits)
     assert sum(seen) == sum(int(mask.sum()) for _, mask in BATCHES)
     assert len(seen) == 3
@@ -127,6 +128,13 @@ def test_a_model_with_everything_kept_stays_the_same():
     compensate(model, student, anatomy_of(model), BATCHES, no_progress)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_activations_that_are_not_finite_fail():
+    moments = Moments(nn.Linear(2, 2))
+    moments.add(torch.tensor([[1.0, float("inf")]]), torch.zeros(1, 2))
+    with pytest.raises(StepFailed, match="activations at down are not finite"):
+        moments.refit("down")
 
 
 def test_no_tokens_fails():

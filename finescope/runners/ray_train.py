@@ -1,0 +1,158 @@
+"""`train` on a Ray cluster: Ray Train's TorchTrainer around a loop that knows nothing of Ray."""
+
+import contextlib
+import functools
+import pickle
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from finescope.distillation.engine import PlainEngine
+from finescope.errors import StepFailed, UserError
+from finescope.runners.base import Progress, Resources
+from finescope.runners.ray_deepspeed import DeepSpeedEngine, check_installed
+
+# Worker groups that may be lost; each time the loop goes on from its newest checkpoint.
+_MAX_FAILURES = 3
+_POLL_SECONDS = 0.5
+
+
+def train(
+    loop: Callable[..., None],
+    arguments: tuple[Any, ...],
+    progress: Progress,
+    resources: Resources,
+    workers: int,
+    gpus: bool,
+    zero_stage: int,
+) -> None:
+    """Run `loop(*arguments, engine_factory, progress)` on `workers` processes that train together; see `Runner.train`.
+
+    Each has a GPU where `gpus`, else a CPU. `zero_stage` 0 is the plain engine, 1 to 3 DeepSpeed's. What rank 0 tells
+    `progress` is told here while it trains; steps that are done again after a failure are told once.
+
+    Raises:
+        ResourceError: DeepSpeed is asked for and missing.
+        StepFailed: the loop failed, or its processes died more often than is put up with.
+    """
+    if zero_stage:
+        check_installed()
+    relay = _Relay.options(num_cpus=0).remote()  # pyright: ignore[reportAttributeAccessIssue]
+    # Ray Train keeps nothing of ours there: checkpoints are the loop's own. It wants a place to write all the same.
+    scratch = tempfile.mkdtemp(prefix="finescope-train-")
+    per_worker: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+    if resources.memory_bytes:
+        per_worker["memory"] = resources.memory_bytes
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"call": (loop, arguments), "relay": relay, "zero_stage": zero_stage},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=per_worker),
+        run_config=RunConfig(
+            name="distill",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+            # Before the process imports anything: transformers imports DeepSpeed, which looks for a GPU at once.
+            worker_runtime_env={"env_vars": {} if gpus else {"DS_ACCELERATOR": "cpu"}},
+        ),
+    )
+    try:
+        with _listening(relay, progress):
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise _plain(error, relay) from error
+    finally:
+        ray.kill(relay)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@ray.remote
+class _Relay:
+    """What the processes tell the driver, kept where both can reach it and where it outlives a worker group."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._failure: bytes | None = None
+
+    def advance(self, done: int) -> None:
+        """Rank 0 of some attempt has done so much in all."""
+        self._done = max(self._done, done)
+
+    def fail(self, failure: bytes) -> None:
+        """A process failed for a reason that another attempt would meet again; the pickled exception."""
+        self._failure = self._failure or failure
+
+    def state(self) -> tuple[int, bytes | None]:
+        """What has been done, and the failure if there was one."""
+        return self._done, self._failure
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One process of the group."""
+    (loop, arguments), relay, zero_stage = config["call"], config["relay"], config["zero_stage"]
+    _, failure = ray.get(relay.state.remote())
+    if failure is not None:
+        # Ray Train tries again whatever the reason; this keeps the tries short.
+        raise pickle.loads(failure)
+    done = 0
+
+    def progress(amount: int) -> None:
+        nonlocal done
+        done += amount
+        relay.advance.remote(done)
+
+    try:
+        loop(*arguments, functools.partial(DeepSpeedEngine, zero_stage) if zero_stage else PlainEngine, progress)
+    except (StepFailed, UserError) as error:
+        ray.get(relay.fail.remote(pickle.dumps(error)))
+        raise
+    # The last word is on its way when the process ends; this waits for it.
+    ray.get(relay.state.remote())
+
+
+@contextlib.contextmanager
+def _listening(relay: Any, progress: Progress) -> Iterator[None]:
+    """Pass on what the relay is told, from a thread, until the context ends and once more then."""
+    ended = threading.Event()
+
+    def listen() -> None:
+        told = 0
+        while True:
+            last = ended.wait(_POLL_SECONDS)
+            done, _ = ray.get(relay.state.remote())
+            if done > told:
+                progress(done - told)
+                told = done
+            if last:
+                return
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _plain(error: TrainingFailedError, relay: Any) -> Exception:
+    """The failure as the process itself put it, without Ray's frames."""
+    _, failure = ray.get(relay.state.remote())
+    if failure is not None:
+        return pickle.loads(failure)
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        rank, cause = min(error.worker_failures.items())
+        return StepFailed(f"training failed {_MAX_FAILURES + 1} times, lastly on process {rank}: {_last_line(cause)}")
+    return StepFailed(f"training could not go on: {_last_line(error)}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
