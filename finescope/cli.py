@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -35,6 +36,11 @@ def main() -> None:
     # Progress bars of the libraries below would tear up ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        # transformers imports DeepSpeed where it is installed, and that warns of a missing GPU unless told.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Deprecations inside the libraries are for their authors, not for who runs this at night.
+    warnings.simplefilter("ignore", FutureWarning)
     app()
 
 
@@ -68,10 +74,15 @@ def init(directory: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path(), v
 def plan(recipe: RecipePath, set_: Overrides = None, json: AsJson = False, verbose: Verbose = False) -> None:
     """Show the steps, which are done, and what each will cost."""
     with _errors(verbose):
-        from finescope import plan as planning
         from finescope.recipe import load
 
-        planning.show(load(recipe, set_ or []), as_json=json)
+        loaded = load(recipe, set_ or [])
+        # Imports torch: a recipe that is wrong is told of without that wait.
+        from finescope import pipeline
+        from finescope import plan as planning
+
+        pipeline.prepared(loaded, _reporter(log_json=False))
+        planning.show(loaded, as_json=json)
 
 
 @app.command()

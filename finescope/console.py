@@ -40,7 +40,7 @@ class ConsoleReporter:
     """The reporter of the command line; see `runners.base.Reporter`."""
 
     def __init__(self, style: Format | None = None) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         self._style: Format = style or ("rich" if self._console.is_terminal else "plain")
 
     @contextlib.contextmanager
@@ -54,7 +54,7 @@ class ConsoleReporter:
             return
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _Rate(),

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 import socket
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +14,7 @@ from finescope.errors import UserError
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+CLAIM = "step.json"
 _VERSIONS = ("finescope", "torch", "transformers", "ray", "pyarrow", "polars", "datasets", "peft", "deepspeed")
 
 
@@ -21,6 +22,9 @@ class Record(BaseModel):
     """Base of all records: frozen; an unknown key is an error, as it means another version wrote it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_Record = TypeVar("_Record", bound=Record)
 
 
 class TableFile(Record):
@@ -64,6 +68,14 @@ class Manifest(Record):
     def files(self, table: str) -> list[str]:
         """The URIs of a table's files, in order."""
         return [storage.join(self.uri, file.path) for file in self.tables[table].files]
+
+
+class Claim(Record):
+    """Whose a step's directory is; the first write of a step."""
+
+    step: str
+    identity: str
+    version: int
 
 
 class StepState(Record):
@@ -120,10 +132,8 @@ def installed_version(package: str) -> str | None:
 
 def read_manifest(uri: str) -> Manifest | None:
     """The manifest in a step's directory, or None where the step is not done."""
-    path = storage.join(uri, MANIFEST)
-    if not storage.exists(path):
-        return None
-    return Manifest.model_validate(storage.read_json(path) | {"uri": uri})
+    found = _read(Manifest, storage.join(uri, MANIFEST), "remove it, and the step runs again")
+    return found.model_copy(update={"uri": uri}) if found else None
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -133,8 +143,27 @@ def write_manifest(manifest: Manifest) -> None:
 
 def read_run(output: str) -> RunRecord:
     """The record of a run; empty where none was begun."""
-    path = storage.join(output, RUN)
-    return RunRecord.model_validate(storage.read_json(path)) if storage.exists(path) else RunRecord()
+    return _read(RunRecord, storage.join(output, RUN), "remove it, and the next `finescope run` writes it anew") or RunRecord()
+
+
+def read_claim(uri: str) -> Claim | None:
+    """Whose the step's directory is, or None where it is nobody's."""
+    return _read(Claim, storage.join(uri, CLAIM), f"remove '{uri}', and the step runs again")
+
+
+def write_claim(uri: str, claim: Claim) -> None:
+    """The first write of a step."""
+    storage.put_json(storage.join(uri, CLAIM), claim.model_dump(mode="json"))
+
+
+def _read(kind: type[_Record], path: str, cure: str) -> _Record | None:
+    if not storage.exists(path):
+        return None
+    try:
+        return kind.model_validate(storage.read_json(path))
+    except ValueError as error:  # not UTF-8, not JSON, or not such a record
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{path}' is damaged or of another version of finescope: {cure} ({reason})") from error
 
 
 def require_run(output: str) -> RunRecord:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from finescope import manifest, steps, storage
@@ -21,7 +21,8 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
     inputs = placed(recipe)
     seeds = _contents(inputs.seeds.path)
     corpus = _values(recipe.corpus)
-    index = Step("index", corpus)
+    # How many rejects are put up with changes no result: who allows more of them goes on with what is done.
+    index = Step("index", {key: value for key, value in corpus.items() if key != "max_reject_rate"})
     model = Step("model", {**_values(recipe.model), "layer": recipe.sae.layer})
     sae = Step("sae", _values(recipe.sae), (index, model))
     embed = Step("embed", _values(recipe.embed), (index, model, sae))
@@ -110,6 +111,8 @@ def run(
         for name, step in plan.items():
             with _failures(name, output):
                 manifest_ = steps.run(step, output, functions[name])
+                if name == "model":
+                    _check_inputs(recipe, manifest_, plan.keys() - done.keys())
             if name not in done:
                 reporter.note(f"{name}: done in {manifest_.seconds:.1f} s, {_counts(manifest_)}{manifest_.uri}")
             done[name] = manifest_
@@ -164,6 +167,13 @@ def _failures(name: str, output: str) -> Iterator[None]:
         failure = StepFailed(f"step '{name}' failed: {kind}{reason}")
         failure.log_path = log
         raise failure from error
+
+
+def _check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:
+    """Before the dear steps, and as soon as there is a tokenizer: the small inputs of the steps in `left`."""
+    from finescope.stages.inputs import check_inputs
+
+    check_inputs(placed(recipe), model, left)
 
 
 def _values(section: Section) -> dict[str, Any]:

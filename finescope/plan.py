@@ -102,16 +102,22 @@ def check_resources(recipe: Recipe) -> None:
         )
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that a new process could take on this machine; None where the system does not tell."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that a new process could take on this machine; None where the system does not tell.
+
+    Of a container's use the file cache that the kernel would drop first is not counted: a run that has just read its
+    corpus would fill the container with it.
+    """
     found = []
-    information = Path("/proc/meminfo")
+    information = root / "proc/meminfo"
     if information.exists():
         lines = dict(line.split(":", 1) for line in information.read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    group = root / "sys/fs/cgroup"
+    limit, used, details = group / "memory.max", group / "memory.current", group / "memory.stat"
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        found.append(int(limit.read_text()) - int(used.read_text()))
+        counts = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
+        found.append(int(limit.read_text()) - int(used.read_text()) + int(counts.get("inactive_file", 0)))
     return min(found, default=None)
 
 
@@ -153,7 +159,7 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
     dictionary = 2 * coordinates * sae.num_latents
     blocks = model.block_parameters * sae.layer / model.num_layers
     weights = int((blocks + model.embedding_parameters) * model.bytes_per_parameter)
-    trained = min(sae.num_tokens, corpus.documents * corpus.tokens(sae.max_tokens))
+    trained = 0 if sae.path else min(sae.num_tokens, corpus.documents * corpus.tokens(sae.max_tokens))
     tokens = corpus.documents * corpus.tokens(embed.max_tokens)
     buffer = 4 * coordinates * min(sae.buffer_tokens, trained)
     row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents

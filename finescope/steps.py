@@ -12,19 +12,20 @@ from typing import Any
 from finescope import storage
 from finescope.errors import StepFailed, UserError
 from finescope.manifest import (
+    Claim,
     Manifest,
     StepState,
     Table,
     TableFile,
     mark,
     now,
+    read_claim,
     read_manifest,
     read_run,
     versions,
+    write_claim,
     write_manifest,
 )
-
-CLAIM = "step.json"
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,17 @@ def locate(step: Step, output: str) -> tuple[str, bool]:
     that nothing that was dear to compute is overwritten.
     """
     for name in (step.name, f"{step.name}-{step.identity[:8]}"):
-        claim = storage.join(output, name, CLAIM)
-        if not storage.exists(claim):
-            return name, False
-        if storage.read_json(claim)["identity"] == step.identity:
-            return name, True
+        claim = read_claim(storage.join(output, name))
+        if claim is None or claim.identity == step.identity:
+            return name, claim is not None
     raise AssertionError(f"two identities begin with {step.identity[:8]}")
 
 
 def finished(step: Step, output: str) -> Manifest | None:
     """The manifest of a step that is done with this very identity, or None."""
     name, claimed = locate(step, output)
-    return read_manifest(storage.join(output, name)) if claimed else None
+    found = read_manifest(storage.join(output, name)) if claimed else None
+    return found if found and found.identity == step.identity else None
 
 
 def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Manifest:
@@ -102,7 +102,7 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
     uri = storage.join(output, name)
     _refuse_second_driver(step, output)
     if not claimed:
-        storage.put_json(storage.join(uri, CLAIM), {"step": step.name, "identity": step.identity, "version": step.version})
+        write_claim(uri, Claim(step=step.name, identity=step.identity, version=step.version))
     storage.delete_temporaries(uri)
     started, clock = now(), time.monotonic()
     state = StepState(

@@ -5,10 +5,10 @@ publish an object when its upload ends.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -24,10 +24,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from finescope.errors import CorpusError, ResourceError
+from finescope.etag import etag_of
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 # Written beside a file while it is being made; no reader ever lists names that begin so.
 TEMPORARY_PREFIX = ".tmp-"
+_MAGIC = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def is_local(uri: str) -> bool:
 
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` below it."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+    below = "/".join(part.strip("/") for part in parts)
+    return uri + below if uri.endswith("://") else f"{uri.rstrip('/')}/{below}"
 
 
 def absolute(uri: str) -> str:
@@ -79,20 +82,25 @@ def exists(uri: str) -> bool:
 
 
 def info(uri: str) -> FileInfo:
-    """Size and etag of one file.
+    """Size and etag of one file as it is now; `glob` tells the same.
 
     Raises:
         FileNotFoundError: it is not there.
     """
     fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
     return _file_info(fs, uri, fs.info(path))
 
 
 def glob(pattern: str) -> list[FileInfo]:
-    """The files that match a glob, or all files below a directory, sorted by path."""
+    """The files that match a glob, or all files below a directory, sorted by path. Hidden ones (`.` or `_` before the
+    name of a file or of a directory on the way to it) are left out; a file that is named in full is not hidden."""
     fs, path = filesystem(pattern)
-    if any(char in path for char in "*?["):
+    fs.invalidate_cache()
+    root = path
+    if _MAGIC.search(path):
         found = fs.glob(path, detail=True)
+        root = _MAGIC.split(path, maxsplit=1)[0].rpartition("/")[0]
     elif fs.isdir(path):
         found = fs.find(path, detail=True)
     elif fs.exists(path):
@@ -100,8 +108,9 @@ def glob(pattern: str) -> list[FileInfo]:
     else:
         found = {}
     entries = cast(dict[str, dict[str, Any]], found)
-    names = [name for name, entry in entries.items() if entry["type"] == "file" and not _hidden(name)]
-    return [_file_info(fs, str(fs.unstrip_protocol(n)) if not is_local(pattern) else n, entries[n]) for n in sorted(names)]
+    names = [name for name, entry in entries.items() if entry["type"] == "file" and not _hidden(name.removeprefix(root))]
+    local = isinstance(fs, LocalFileSystem)
+    return [_file_info(fs, name if local else str(fs.unstrip_protocol(name)), entries[name]) for name in sorted(names)]
 
 
 def list_names(directory: str) -> list[str]:
@@ -115,10 +124,10 @@ def list_names(directory: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_input(uri: str, compression: str | None = None) -> Iterator[BinaryIO]:
-    """A file for reading bytes, decompressed where `compression` (gzip, zstd) is given."""
+def open_input(uri: str) -> Iterator[BinaryIO]:
+    """A file for reading bytes."""
     fs, path = filesystem(uri)
-    with fs.open(path, "rb", compression=compression) as file:
+    with fs.open(path, "rb") as file:
         yield cast(BinaryIO, file)
 
 
@@ -269,16 +278,11 @@ def check_unchanged(uri: str, etag: str) -> None:
 
 
 def _hidden(path: str) -> bool:
-    return path.rsplit("/", 1)[-1].startswith((".", "_"))
+    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def _file_info(fs: AbstractFileSystem, uri: str, entry: dict[str, Any]) -> FileInfo:
-    size = int(entry["size"])
-    tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
-    if not tag:
-        changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or entry.get("created")
-        tag = hashlib.sha256(f"{size}:{changed}".encode()).hexdigest()[:16]
-    return FileInfo(uri, size, str(tag).strip('"'))
+    return FileInfo(uri, int(entry["size"] or 0), etag_of(entry))
 
 
 def _sync_directory(path: Path) -> None:
@@ -290,7 +294,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _sync_tree(root: Path) -> None:
-    for file in root.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    for file in filter(Path.is_file, root.rglob("*")):
+        file.chmod(file.stat().st_mode | 0o044)  # libraries may leave files to their owner alone; workers must read them
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())

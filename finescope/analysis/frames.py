@@ -1,6 +1,6 @@
 """Lazy Polars frames over the tables of a run. Nothing is read before a query asks for it, and then only its columns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 import pyarrow as pa
@@ -61,8 +61,11 @@ def tables_of(output: str) -> dict[str, tuple[str, ...]]:
 def frame_of(manifest: Manifest, name: str) -> pl.LazyFrame:
     """Table `name` of one step; a table without files has the columns of its schema and no row."""
     files = manifest.files(name)
-    if not files:
-        return _empty(name)
+    return scan(files) if files else _empty(name)
+
+
+def scan(files: Sequence[str]) -> pl.LazyFrame:
+    """Parquet files wherever they are, at least one."""
     if all(storage.is_local(file) for file in files):
         return pl.scan_parquet([storage.absolute(file) for file in files])
     # Polars opens object stores with credentials of its own and knows no memory://; these go the way of all other files.

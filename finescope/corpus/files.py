@@ -59,11 +59,8 @@ def resolve_paths(patterns: Sequence[str], format: str, field: str) -> list[Corp
             raise CorpusError(f"{field}: no file matches '{pattern}'")
         if format == "auto" and _is_directory(pattern):
             found = _data_files(found, pattern, field)
-        for path in (info.path for info in found):
-            kind, compression = format_of(path, format, field)
-            if path not in files:
-                # Not the listing's entry: some stores write times otherwise there, and the etag would not be found again.
-                files[path] = CorpusFile(storage.info(path), kind, compression)
+        for info in found:
+            files.setdefault(info.path, CorpusFile(info, *format_of(info.path, format, field)))
     return list(files.values())
 
 

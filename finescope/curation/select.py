@@ -5,20 +5,31 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from finescope import storage
 from finescope.config import CurateSection
 from finescope.corpus.decontaminate import NgramIndex, normalised_hash
+
+_COLUMNS = ["doc_id", "file", "row_group", "row", "score", "seed"]
+_ROWS_AT_A_TIME = 1_000_000
 
 
 def candidates(score_files: Sequence[str], threshold: float | None, most: int) -> pl.DataFrame:
     """The `most` best rows of the `scores` table, best first, ties broken by doc_id.
 
-    Memory is that of the result: Polars keeps the top rows while it streams over the files.
+    Memory is that of the result and `_ROWS_AT_A_TIME`, however many files there are.
     """
-    frame = pl.scan_parquet(list(score_files)).select("doc_id", "file", "row_group", "row", "score", "seed")
-    if threshold is not None:
-        frame = frame.filter(pl.col("score") >= threshold)
-    best = frame.bottom_k(most, by=["score", "doc_id"], reverse=[True, False]).collect()
-    return best.sort(["score", "doc_id"], descending=[True, False])
+    best: list[pl.DataFrame] = []
+    for path in score_files:
+        shard = pl.DataFrame(storage.read_parquet(path, _COLUMNS))
+        best.append(shard if threshold is None else shard.filter(pl.col("score") >= threshold))
+        if sum(frame.height for frame in best) >= most + _ROWS_AT_A_TIME:
+            best = [_best(best, most)]
+    return _best(best, most)
+
+
+def _best(frames: Sequence[pl.DataFrame], most: int) -> pl.DataFrame:
+    found = pl.concat(frames).bottom_k(most, by=["score", "doc_id"], reverse=[True, False])
+    return found.sort(["score", "doc_id"], descending=[True, False])
 
 
 @dataclass
@@ -52,9 +63,9 @@ class Selection:
             self._seen[normalised_hash(text)] = doc_id
 
     def _objection(self, seed: int, text: str) -> tuple[str, str]:
-        if self.section.deduplicate and (first := self._seen.get(normalised_hash(text))):
+        if self.section.deduplicate and (first := self._seen.get(normalised_hash(text))) is not None:
             return "duplicate", f"of {first}"
-        if self.ngrams is not None and (item := self.ngrams.hit(text)):
+        if self.ngrams is not None and (item := self.ngrams.hit(text)) is not None:
             return "contaminated", item
         if self.section.per_seed is not None and self._by_seed.get(seed, 0) >= self.section.per_seed:
             return "per_seed", f"seed {seed} has its {self.section.per_seed} documents"

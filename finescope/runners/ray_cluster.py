@@ -15,7 +15,7 @@ import ray.exceptions
 
 from finescope.config import ComputeSection
 from finescope.errors import ResourceError
-from finescope.runners import ray_data
+from finescope.runners import ray_data, ray_train
 from finescope.runners.base import Progress, Reporter, Resources, Result, TableWorker
 
 # What every worker of the run sees, on every node.

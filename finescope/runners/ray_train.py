@@ -6,6 +6,7 @@ import pickle
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from torch import distributed
 
 from finescope.distillation.engine import PlainEngine
 from finescope.errors import StepFailed, UserError
@@ -22,6 +24,7 @@ from finescope.runners.ray_deepspeed import DeepSpeedEngine, check_installed
 # Worker groups that may be lost; each time the loop goes on from its newest checkpoint.
 _MAX_FAILURES = 3
 _POLL_SECONDS = 0.5
+_FAILURE_POLLS = 20  # how long a process that failed waits for the others to fail alike
 
 
 def train(
@@ -44,7 +47,7 @@ def train(
     """
     if zero_stage:
         check_installed()
-    relay = _Relay.options(num_cpus=0).remote()  # pyright: ignore[reportAttributeAccessIssue]
+    relay: Any = _Relay.options(num_cpus=0).remote()  # pyright: ignore[reportAttributeAccessIssue]
     # Ray Train keeps nothing of ours there: checkpoints are the loop's own. It wants a place to write all the same.
     scratch = tempfile.mkdtemp(prefix="finescope-train-")
     per_worker: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
@@ -66,6 +69,9 @@ def train(
     try:
         with _listening(relay, progress):
             trainer.fit()
+        _, failure = ray.get(relay.state.remote())
+        if failure is not None:
+            raise pickle.loads(failure)
     except TrainingFailedError as error:
         raise _plain(error, relay) from error
     finally:
@@ -80,14 +86,20 @@ class _Relay:
     def __init__(self) -> None:
         self._done = 0
         self._failure: bytes | None = None
+        self._failed: set[int] = set()
 
     def advance(self, done: int) -> None:
         """Rank 0 of some attempt has done so much in all."""
         self._done = max(self._done, done)
 
-    def fail(self, failure: bytes) -> None:
-        """A process failed for a reason that another attempt would meet again; the pickled exception."""
+    def fail(self, rank: int, failure: bytes) -> int:
+        """A process failed for a reason that another attempt would meet again; the pickled exception.
+
+        Returns how many processes have.
+        """
         self._failure = self._failure or failure
+        self._failed.add(rank)
+        return len(self._failed)
 
     def state(self) -> tuple[int, bytes | None]:
         """What has been done, and the failure if there was one."""
@@ -99,8 +111,7 @@ def _work(config: dict[str, Any]) -> None:
     (loop, arguments), relay, zero_stage = config["call"], config["relay"], config["zero_stage"]
     _, failure = ray.get(relay.state.remote())
     if failure is not None:
-        # Ray Train tries again whatever the reason; this keeps the tries short.
-        raise pickle.loads(failure)
+        return
     done = 0
 
     def progress(amount: int) -> None:
@@ -111,10 +122,21 @@ def _work(config: dict[str, Any]) -> None:
     try:
         loop(*arguments, functools.partial(DeepSpeedEngine, zero_stage) if zero_stage else PlainEngine, progress)
     except (StepFailed, UserError) as error:
-        ray.get(relay.fail.remote(pickle.dumps(error)))
-        raise
+        if not _all_failed(relay, error):
+            # The others wait for this process: Ray Train ends them when it raises, and the next attempt ends at once.
+            raise
     # The last word is on its way when the process ends; this waits for it.
     ray.get(relay.state.remote())
+
+
+def _all_failed(relay: Any, error: Exception) -> bool:
+    """Record the failure; whether all processes have one, so that Ray Train need not be told of any and does not retry."""
+    rank, failure = distributed.get_rank(), pickle.dumps(error)
+    for _ in range(_FAILURE_POLLS):
+        if ray.get(relay.fail.remote(rank, failure)) == distributed.get_world_size():
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
 
 
 @contextlib.contextmanager

@@ -196,9 +196,10 @@ class _Trainer:
         largest, place = pre[:, dead].topk(min(self.section.auxk, len(dead)), dim=1)
         below = largest.clamp(max=0.0)
         values = largest.relu() + _DEAD_SLOPE * (below - below.detach())
-        # Dense, unlike the other sum: the bag's gradient for so many ids depends on the number of threads.
-        guess = torch.zeros_like(pre[:, dead]).scatter(1, place, values) @ self.decoder_weight[dead]
-        return (residual - guess).square().sum() / residual.square().sum().clamp(min=1e-12)
+        guess = functional.embedding_bag(dead[place], self.decoder_weight, per_sample_weights=values, mode="sum")
+        # By rows first: a long sum is split among the threads, and their number would move the gradient's last bits.
+        scale = residual.square().sum(1).sum().clamp(min=1e-12)
+        return (residual - guess).square().sum() / scale
 
     def _dead(self) -> Tensor:
         return self.silent_tokens >= self.section.dead_after_tokens

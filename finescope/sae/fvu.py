@@ -20,9 +20,10 @@ class FvuMeter:
         if not len(activations):
             return
         batch = activations.detach().double()
-        self._error += float((batch - reconstruction.detach().double()).square().sum())
+        # By rows first: a long sum is split among the threads, and their number would move the last bits.
+        self._error += float((batch - reconstruction.detach().double()).square().sum(1).sum())
         mean = batch.mean(0)
-        spread = float((batch - mean).square().sum())
+        spread = float((batch - mean).square().sum(1).sum())
         if self._mean is None:
             self._mean = torch.zeros_like(mean)
         # Chan et al. 1979: merging two sets' sums of squares without the cancellation of E[x^2] - E[x]^2.

@@ -9,6 +9,7 @@ import pyarrow as pa
 from finescope import schemas, storage
 from finescope.config import CorpusSection, DistillSection
 from finescope.corpus.text import prompt_and_response
+from finescope.corpus.tokenise import tokenise
 from finescope.distillation import loop
 from finescope.distillation.examples import build_examples, to_table
 from finescope.distillation.loop import TrainJob
@@ -85,14 +86,14 @@ def distill(context: Context, corpus: CorpusSection, section: DistillSection, st
     documents = curated
     if section.data == "random":
         documents = _random(context, corpus, section, step, model, curated)
-    pairs = _pairs(documents, corpus)
+    pairs = _pairs(documents, corpus, section, model)
     rewrites = _rewrite(context, section, model, pairs, step.uri, "rewrites")
     trained = _train(context, section, step, rewrites, "", None)
     tables = {"rewrites": rewrites, "metrics": _metrics(step.uri, "")}
     facts: dict[str, Any] = {**trained, "reference": _reference(step, model, "").model_dump(mode="json")}
     if section.control:
         chosen = _random(context, corpus, section, step, model, curated)
-        control = _rewrite(context, section, model, _pairs(chosen, corpus), step.uri, "control/rewrites")
+        control = _rewrite(context, section, model, _pairs(chosen, corpus, section, model), step.uri, "control/rewrites")
         outcome = _train(context, section, step, control, "control", trained["training_tokens"])
         tables |= {"control_rewrites": control, "control_metrics": _metrics(step.uri, "control")}
         facts["control"] = {**outcome, "reference": _reference(step, model, "control").model_dump(mode="json")}
@@ -109,9 +110,15 @@ def _random(
     return table.append_column("doc_id", pa.array(located["doc_id"].to_list(), pa.string()))
 
 
-def _pairs(documents: pa.Table, corpus: CorpusSection) -> list[_Pair]:
-    """Prompt and response of each document, as the recipe or the columns' names tell; else its text alone."""
-    ids, texts = documents.column("doc_id").to_pylist(), documents.column("text").to_pylist()
+def _pairs(documents: pa.Table, corpus: CorpusSection, section: DistillSection, model: ModelReference) -> list[_Pair]:
+    """Prompt and response of each document, as the recipe or the columns' names tell; else its text alone.
+
+    Of a text alone only what is trained on counts: it is cut to `max_tokens` before it is rewritten.
+    """
+    ids = documents.column("doc_id").to_pylist()
+    tokenizer = load_tokenizer(model)
+    tokens = tokenise(tokenizer, documents.column("text").to_pylist(), section.max_tokens)
+    texts = [tokenizer.decode(item, skip_special_tokens=True) for item in tokens]
     prompt, response = prompt_and_response(corpus, documents.column_names)
     if prompt is None or response is None:
         return [_Pair(doc_id, None, text) for doc_id, text in zip(ids, texts, strict=True)]

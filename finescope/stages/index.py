@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from finescope import schemas, storage
+from finescope.analysis.frames import scan
 from finescope.config import CorpusSection
 from finescope.corpus.files import CorpusFile, relative_names, resolve
 from finescope.corpus.units import inspect_file
@@ -66,8 +67,10 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
     rejects = [reject for row in inspected for reject in row["rejects"]]
     _check_rate(len(files), rejects, section.max_reject_rate)
     if section.id is not None:
-        _refuse_duplicates(storage.join(step.uri, _IDS), section.id)
-        storage.delete(storage.join(step.uri, _IDS))
+        try:
+            _refuse_duplicates(storage.join(step.uri, _IDS), section.id)
+        finally:
+            storage.delete(storage.join(step.uri, _IDS))
     tables = {
         "documents": _write(step.uri, "documents", documents, schemas.DOCUMENTS),
         "rejects": _write(step.uri, "rejects", rejects, schemas.REJECTS),
@@ -101,7 +104,7 @@ def _refuse_duplicates(directory: str, column: str) -> None:
     files = [storage.join(directory, name) for name in storage.list_names(directory)]
     if not files:
         return
-    twice = pl.scan_parquet(files).group_by("id").agg(pl.len().alias("times")).filter(pl.col("times") > 1)
+    twice = scan(files).group_by("id").agg(pl.len().alias("times")).filter(pl.col("times") > 1)
     count = twice.select(pl.len()).collect().item()
     if count:
         examples = twice.sort("id").head(3).collect().rows()

@@ -7,6 +7,7 @@ import polars as pl
 import pyarrow as pa
 
 from finescope import storage
+from finescope.analysis.frames import frame_of
 from finescope.config import CorpusSection
 from finescope.corpus.documents import read_selected
 from finescope.corpus.reading import concat_rows
@@ -104,7 +105,7 @@ def random_documents(embeddings: Manifest, count: int, seed: int, without: Seque
 
     The order is that of a hash of id and seed, so that it depends on neither shards nor runners.
     """
-    frame = pl.scan_parquet(embeddings.files("embeddings")).select("doc_id", "file", "row_group", "row", "num_tokens")
+    frame = frame_of(embeddings, "embeddings").select("doc_id", "file", "row_group", "row", "num_tokens")
     frame = frame.filter(~pl.col("doc_id").is_in(list(without)))
     frame = frame.with_columns(pl.col("doc_id").hash(seed).alias("draw"))
     return frame.bottom_k(count, by=["draw", "doc_id"]).collect().sort(["draw", "doc_id"]).drop("draw")

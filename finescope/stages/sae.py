@@ -14,10 +14,10 @@ from finescope.corpus.documents import read_documents
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
 from finescope.models.load import ModelReference, load_tokenizer
 from finescope.runners.base import Context, Progress, Resources
-from finescope.sae.dictionary import check_belongs, load_dictionary, save_dictionary
+from finescope.sae.dictionary import save_dictionary
 from finescope.sae.fit import work_units
 from finescope.sae.stream import TokenBatch
-from finescope.sae.train import measure_fvu, train_dictionary
+from finescope.sae.train import adopt_dictionary, train_dictionary
 from finescope.stages.references import limited_units, memory_bytes, model_of, write_table
 from finescope.steps import Outcome, StepInput
 
@@ -91,9 +91,7 @@ def _train(job: _Job, progress: Progress) -> tuple[dict[str, Any], History]:
 
 def _adopt(job: _Job, progress: Progress) -> tuple[dict[str, Any], History]:
     assert job.section.path is not None
-    dictionary = load_dictionary(job.section.path)
-    check_belongs(dictionary, job.model)
-    measured = measure_fvu(job.model, _first(_batches(job), _MEASURED_DOCUMENTS), dictionary)
+    dictionary, measured = adopt_dictionary(job.section.path, job.model, _first(_batches(job), _MEASURED_DOCUMENTS))
     save_dictionary(job.uri, dictionary)
     progress(1)
     autoencoder = dictionary.autoencoder

@@ -1,40 +1,47 @@
 """Ray Train with two CPU processes: every engine gives what the plain one gives alone."""
 
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.cloudpickle
 import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from distillation_fixtures import distill_section, random_examples, student_directory
 
+from finescope import storage
 from finescope.distillation.checkpoint import complete_steps
-from finescope.distillation.engine import EngineFactory, PlainEngine
+from finescope.distillation.engine import Engine, EngineFactory, OptimizerSettings, PlainEngine
 from finescope.distillation.loop import TrainJob, train
 from finescope.errors import ResourceError, StepFailed
 from finescope.runners import ray_deepspeed, ray_train
 from finescope.runners.base import Resources
 
 pytestmark = pytest.mark.ray
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+Progress = Callable[[int], Any]
+Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(short_directory(tmp_path_factory)))
+def session() -> Iterator[None]:
+    # Ray's sockets live below this directory and their paths may have 107 characters at most.
+    root = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=root)
     yield
     ray.shutdown()
-
-
-def short_directory(factory: pytest.TempPathFactory) -> Path:
-    # Ray's sockets live below it and their paths may have 107 characters at most.
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
+    shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +50,22 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, student: str) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights that the plain engine gives in one process, by method."""
-    found = {}
-    for method in ("lora", "full"):
-        job = job_at(tmp_path_factory.mktemp(method), student, method)
+def alone(tmp_path_factory: pytest.TempPathFactory, student: str) -> dict[str, TrainJob]:
+    """What the plain engine has done in one process, by method; of "half" only the first four steps of six."""
+    jobs = {method: job_at(tmp_path_factory.mktemp(method), student, method) for method in ("lora", "full")}
+    for job in jobs.values():
         train(job, PlainEngine, lambda _: None)
-        found[method] = weights(job)
-    return found
+    jobs["half"] = job_at(tmp_path_factory.mktemp("half"), student, "lora")
+    with pytest.raises(InterruptedError):
+        train(jobs["half"], PlainEngine, interrupt)
+    assert complete_steps(jobs["half"].checkpoints) == [2]
+    return jobs
+
+
+def interrupt(steps: int, done: list[int] = []) -> None:  # noqa: B006  (counts over calls)
+    done.append(steps)
+    if len(done) == 3:
+        raise InterruptedError
 
 
 def job_at(root: Path, student: str, method: str, **changes: object) -> TrainJob:
@@ -59,24 +74,109 @@ def job_at(root: Path, student: str, method: str, **changes: object) -> TrainJob
     return TrainJob(student, random_examples(12), section, str(root / "checkpoints"), str(root / "out"))
 
 
-def weights(job: TrainJob) -> dict[str, torch.Tensor]:
+def weights(job: TrainJob) -> Weights:
     return load_file(Path(job.output) / "model" / "model.safetensors")
 
 
-def together(job: TrainJob, zero_stage: int, loop: Callable[..., None] = train) -> int:
+def close(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def together(loop: Callable[..., None], arguments: tuple[Any, ...], zero_stage: int) -> int:
     told: list[int] = []
-    ray_train.train(loop, (job,), told.append, Resources(), 2, False, zero_stage)
+    ray_train.train(loop, arguments, told.append, Resources(), 2, False, zero_stage)
     return sum(told)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+def one_after_the_other(jobs: Sequence[TrainJob], spoiled: TrainJob, factory: EngineFactory, progress: Progress) -> None:
+    """Several trainings in one group of processes, as it takes a while to start one."""
+    for job in jobs:
+        train(job, factory, progress)
+    train(spoiled, lambda module, settings: _Spoiled(factory(module, settings)), lambda _: None)
+
+
+class _Spoiled:
+    """Makes the loss of the third pass on the second process not a number; it belongs to the first step or the second."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._count = engine, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self._count += 1
+        loss = self._engine(tokens, targets)
+        return loss * float("nan") if (self._count, self._engine.rank) == (3, 1) else loss
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_processes_equal_one(
-    tmp_path: Path, session: None, student: str, alone: dict[str, dict[str, torch.Tensor]], zero_stage: int, method: str
+    tmp_path: Path, session: None, student: str, alone: dict[str, TrainJob], zero_stage: int
 ) -> None:
-    job = job_at(tmp_path, student, method)
-    assert together(job, zero_stage) == 6
-    found = weights(job)
-    assert found.keys() == alone[method].keys()
-    for name, tensor in alone[method].items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3)
+    lora, full = (job_at(tmp_path / method, student, method) for method in ("lora", "full"))
+    resumed, spoiled = (job_at(tmp_path / name, student, "lora") for name in ("resumed", "spoiled"))
+    shutil.copytree(alone["half"].checkpoints, resumed.checkpoints)
+    assert together(one_after_the_other, ([lora, full, resumed], spoiled), zero_stage) == 18
+    close(weights(lora), weights(alone["lora"]))
+    close(weights(full), weights(alone["full"]))
+    close(weights(resumed), weights(alone["lora"]))
+    record = storage.read_json(f"{spoiled.checkpoints}/step-00000006/done.json")
+    assert record["skipped"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in weights(spoiled).values())
+    # What two processes have written, one goes on from.
+    shutil.rmtree(f"{lora.checkpoints}/step-00000006")
+    shutil.rmtree(lora.output)
+    told: list[int] = []
+    train(lora, PlainEngine, told.append)
+    assert told == [4, 1, 1]
+    close(weights(lora), weights(alone["lora"]))
+
+
+def killed_once(job: TrainJob, marker: str, factory: EngineFactory, progress: Progress) -> None:
+    """The process of rank 1 is killed while the fourth step is on its way, and not again in the next attempt."""
+
+    def make(module: torch.nn.Module, settings: OptimizerSettings) -> Engine:
+        engine = factory(module, settings)
+        return engine if engine.rank == 0 or Path(marker).exists() else _Suicidal(engine, marker)
+
+    train(job, make, progress)
+
+
+class _Suicidal:
+    def __init__(self, engine: Engine, marker: str) -> None:
+        self._engine, self._marker, self._steps = engine, marker, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self._engine(tokens, targets)
+
+    def step(self, learning_rate: float) -> float:
+        self._steps += 1
+        if self._steps == 4:
+            Path(self._marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._engine.step(learning_rate)
+
+
+def test_a_killed_process_is_replaced(tmp_path: Path, session: None, student: str, alone: dict[str, TrainJob]) -> None:
+    job = job_at(tmp_path, student, "lora")
+    assert together(killed_once, (job, str(tmp_path / "marker")), 0) == 6
+    assert (tmp_path / "marker").exists()
+    close(weights(job), weights(alone["lora"]))
+
+
+def test_a_known_failure_comes_out_as_it_was_raised(tmp_path: Path, session: None, student: str) -> None:
+    job = replace(job_at(tmp_path, student, "lora"), examples=())
+    with pytest.raises(StepFailed, match="no example to train on"):
+        together(train, (job,), 0)
+
+
+def test_missing_deepspeed_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_deepspeed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ResourceError, match=r"finescope\[deepspeed\]"):
+        ray_train.train(train, (), lambda _: None, Resources(), 2, False, 2)

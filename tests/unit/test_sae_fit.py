@@ -96,6 +96,23 @@ def test_same_seed_same_weights_whatever_the_chunks(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu_l1"])
+def test_number_of_threads_has_no_say(architecture: str) -> None:
+    """Batches beyond 32,768 values, where torch splits a sum among threads, and dead latents."""
+    data = torch.randn(1500, 80, generator=torch.Generator().manual_seed(0))
+    settings = section(num_tokens=1400, batch_tokens=500, epochs=4, dead_after_tokens=600, architecture=architecture, k=2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(trained(data, settings))
+    finally:
+        torch.set_num_threads(before)
+    for name, weight in results[0].autoencoder.state_dict().items():
+        assert torch.equal(weight, results[1].autoencoder.state_dict()[name]), name
+    assert (results[0].fvu, results[0].history) == (results[1].fvu, results[1].history)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu_l1"])
 def test_auxk_revives_dead_latents(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from finescope.sae import fit as module
 

@@ -1,0 +1,37 @@
+"""The small inputs of late steps, read once before the dear ones: a wrong seed must not cost a night."""
+
+from collections.abc import Set
+
+from finescope.config import Recipe
+from finescope.corpus.documents import read_seeds, read_strings, read_texts
+from finescope.corpus.tokenise import tokenise
+from finescope.errors import CorpusError
+from finescope.manifest import Manifest
+from finescope.models.load import load_tokenizer
+from finescope.stages.references import model_of
+
+# The first position is no part of a code (an attention sink), so that a text of one token has none.
+_LEAST_TOKENS = 2
+
+
+def check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:
+    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do.
+
+    Raises:
+        CorpusError: one of them is missing, empty or cannot be read; the message names file and line, or the seed.
+    """
+    tokenizer = load_tokenizer(model_of(model))
+    if "score" in left:
+        seeds = read_seeds(recipe.seeds, recipe.corpus, tokenizer)
+        for number, tokens in enumerate(tokenise(tokenizer, seeds, recipe.embed.max_tokens), start=1):
+            if len(tokens) < _LEAST_TOKENS:
+                found = f"{len(tokens)} token" if len(tokens) == 1 else f"{len(tokens)} tokens"
+                raise CorpusError(
+                    f"seeds.path: {recipe.seeds.path}: seed {number} has {found}; at least {_LEAST_TOKENS} were expected"
+                )
+    if "curate" in left and recipe.curate.decontaminate:
+        read_strings(recipe.curate.decontaminate)
+    if "evaluate" in left:
+        for paths in (recipe.evaluate.target, recipe.evaluate.general):
+            if paths:
+                read_texts(paths, recipe.corpus, tokenizer)

@@ -1,0 +1,216 @@
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+from tiny_models import saved_model
+from tiny_run import recipe_values
+from typer.testing import CliRunner
+
+from finescope import demo, pipeline, plan, steps, storage
+from finescope.cli import app
+from finescope.config import STEPS, Recipe
+from finescope.corpus import demo_inputs
+from finescope.errors import ResourceError
+from finescope.plan import Cost, costs
+from finescope.steps import Outcome
+
+DOCUMENTS, BYTES = 120, 200
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four tiny blocks, two files of 60 documents of 200 bytes, a seed."""
+    root = tmp_path_factory.mktemp("plan")
+    saved_model(root / "model", "llama", tie_word_embeddings=True)
+    for number in range(2):
+        rows = [{"id": f"{number}-{at}", "text": f"{at:0{BYTES}d}"} for at in range(DOCUMENTS // 2)]
+        storage.put_parquet(str(root / "corpus" / f"part-{number}.parquet"), pa.Table.from_pylist(rows))
+    (root / "seeds.jsonl").write_text('{"text": "a seed"}\n')
+    return root
+
+
+def recipe_of(root: Path, output: Path, **changes: Any) -> Recipe:
+    values = recipe_values(root, "plan", **changes)
+    return Recipe.model_validate({**values, "output": str(output), "evaluate": {}})
+
+
+def by_step(found: Sequence[Cost]) -> dict[str, Cost]:
+    return {cost.step: cost for cost in found}
+
+
+def test_every_step_has_its_cost(root: Path, tmp_path: Path):
+    found = costs(recipe_of(root, tmp_path))
+    assert [cost.step for cost in found] == list(STEPS)
+    assert not any(cost.done for cost in found)
+    assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
+    cost = by_step(found)
+    assert cost["index"].documents == cost["embed"].documents == cost["score"].documents == DOCUMENTS
+    assert cost["curate"].documents == 24
+    assert cost["prune"].documents == 16
+    for step in ("sae", "embed", "prune", "distill", "evaluate"):
+        assert min(cost[step].tokens, cost[step].flops, cost[step].memory_bytes) > 0, step
+    for step in ("sae", "embed", "score", "curate", "prune", "distill", "report"):
+        assert cost[step].disk_bytes > 0, step
+    # 32 of about 50 tokens a document are read.
+    assert cost["embed"].tokens == DOCUMENTS * 32
+    assert cost["sae"].tokens == 2000
+
+
+def test_costs_follow_the_recipe(root: Path, tmp_path: Path):
+    plain = by_step(costs(recipe_of(root, tmp_path)))
+
+    def changed(**changes: Any) -> dict[str, Cost]:
+        return by_step(costs(recipe_of(root, tmp_path, **changes)))
+
+    limited = changed(corpus={"limit": 30})
+    assert limited["embed"].documents == 30
+    assert limited["embed"].flops == pytest.approx(plain["embed"].flops / 4)
+    assert changed(distill={"control": False})["distill"].flops < plain["distill"].flops
+    assert changed(distill={"rewrite": False})["distill"].tokens < plain["distill"].tokens
+    assert changed(distill={"method": "full"})["distill"].memory_bytes > plain["distill"].memory_bytes
+    assert changed(prune={"ratio": 0.75})["prune"].disk_bytes < plain["prune"].disk_bytes
+    assert changed(sae={"layer": 3})["embed"].flops > plain["embed"].flops
+    assert changed(sae={"path": str(root / "dictionary")})["sae"].flops == 0, "what is trained already costs nothing"
+    assert DOCUMENTS * 50 <= changed(sae={"num_tokens": 10**12})["sae"].tokens <= DOCUMENTS * 55, "all that there is, once"
+
+
+def test_what_is_done_is_marked_and_no_longer_counted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_of(root, tmp_path)
+    for name in STEPS[:4]:
+        steps.run(pipeline.steps_of(recipe)[name], str(tmp_path), lambda step: Outcome())
+    found = costs(recipe)
+    assert [cost.step for cost in found if cost.done] == list(STEPS[:4])
+    left = sum(cost.disk_bytes for cost in found[4:])
+    monkeypatch.setattr(storage, "free_bytes", lambda uri: left)
+    plan.check_resources(recipe)
+    monkeypatch.setattr(storage, "free_bytes", lambda uri: left - 1)
+    with pytest.raises(ResourceError):
+        plan.check_resources(recipe)
+
+
+def test_too_little_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr(storage, "free_bytes", lambda uri: asked.append(uri) or 1000)
+    with pytest.raises(ResourceError, match=r"has 0\.00 GB free; the plan needs about 0\.00 GB"):
+        plan.check_resources(recipe_of(root, tmp_path / "run"))
+    assert asked == [str(tmp_path / "run")]
+    monkeypatch.setattr(storage, "free_bytes", lambda uri: None)
+    plan.check_resources(recipe_of(root, tmp_path / "run"))
+
+
+def test_too_little_memory_names_the_step(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_of(root, tmp_path)
+    largest = max(costs(recipe), key=lambda cost: cost.memory_bytes)
+    monkeypatch.setattr(plan, "available_memory", lambda: largest.memory_bytes)
+    plan.check_resources(recipe)
+    monkeypatch.setattr(plan, "available_memory", lambda: largest.memory_bytes - 1)
+    needed = f"step '{largest.step}' needs about {largest.memory_bytes / 1e9:.2f} GB of memory"
+    with pytest.raises(ResourceError, match=needed):
+        plan.check_resources(recipe)
+    monkeypatch.setattr(plan, "available_memory", lambda: None)
+    plan.check_resources(recipe)
+
+
+@pytest.mark.parametrize(
+    ("compute", "address", "checked"),
+    [
+        ({"runner": "ray"}, None, True),
+        ({"runner": "ray", "address": "ray://head:10001"}, None, False),
+        ({"runner": "ray"}, "auto", False),
+        ({"runner": "local", "address": "ray://head:10001"}, "auto", True),
+    ],
+)
+def test_memory_of_a_cluster_is_its_schedulers(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: dict[str, Any], address: str | None, checked: bool
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(plan, "available_memory", lambda: 1)
+    recipe = recipe_of(root, tmp_path, compute=compute)
+    if checked:
+        with pytest.raises(ResourceError, match="of memory"):
+            plan.check_resources(recipe)
+    else:
+        plan.check_resources(recipe)
+
+
+def machine(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / {"meminfo": "proc/meminfo"}.get(name, f"sys/fs/cgroup/memory.{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_available_memory(tmp_path: Path):
+    assert plan.available_memory(tmp_path) is None
+    machine(tmp_path, meminfo="MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
+    assert plan.available_memory(tmp_path) == 1000 * 1024
+    machine(tmp_path, max="max\n", current="900\n")
+    assert plan.available_memory(tmp_path) == 1000 * 1024
+    machine(tmp_path, max="1000\n")
+    assert plan.available_memory(tmp_path) == 100
+    machine(tmp_path, stat="anon 200\nfile 700\ninactive_file 600\n")
+    assert plan.available_memory(tmp_path) == 700, "cache that the kernel gives back is not in use"
+    assert (plan.available_memory() or 0) > 0
+
+
+def call(*arguments: str, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+@pytest.fixture
+def path(root: Path, tmp_path: Path) -> str:
+    recipe = recipe_of(root, tmp_path / "run")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return str(tmp_path / "r.yaml")
+
+
+def test_the_command_prints_the_plan(path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "available_memory", lambda: None)
+    lines = call("plan", path)[0].splitlines()
+    assert lines[0].split() == ["step", "state", "documents", "tokens", "FLOPs", "peak", "memory", "disk"]
+    assert [line.split()[0] for line in lines[1:]] == list(STEPS)
+    assert all("to do" in line for line in lines[1:])
+    found = json.loads(call("plan", path, "--json")[0])
+    assert [Cost(**cost) for cost in found] == costs(plan_recipe(path))
+
+
+def plan_recipe(path: str) -> Recipe:
+    return Recipe.model_validate(yaml.safe_load(Path(path).read_text()))
+
+
+def test_a_machine_that_is_too_small_is_exit_2_and_nothing_is_begun(path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "available_memory", lambda: 1)
+    for command in ("plan", "run"):
+        _, error = call(command, path, code=2)
+        assert error.startswith("finescope: step '")
+    assert len(call("plan", path, code=2)[0].splitlines()) == len(STEPS) + 1, "the plan is shown all the same"
+    assert not (Path(path).parent / "run").exists()
+
+
+def test_inputs_that_finescope_makes_are_made_first(root: Path, path: str, monkeypatch: pytest.MonkeyPatch):
+    def prepare(uri: str, reporter: object) -> None:
+        shutil.copytree(root / "corpus", f"{uri}/corpus")
+
+    monkeypatch.setattr(demo_inputs, "prepare", prepare)
+    monkeypatch.setattr(plan, "available_memory", lambda: None)
+    made = ["--set", "prepare=python-docs", "--set", "corpus.path='{output}/inputs/corpus/*.parquet'"]
+    found = json.loads(call("plan", path, "--json", *made)[0])
+    assert found[0]["documents"] == DOCUMENTS
+
+
+def test_run_asks_the_plan_before_its_first_step(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Recipe] = []
+    monkeypatch.setattr(plan, "check_resources", asked.append)
+    recipe = recipe_of(root, tmp_path)
+    demo.check_resources(recipe)
+    assert asked == [recipe]
