@@ -3,6 +3,7 @@
 Estimates, from sizes alone: a forward pass of one token costs two operations a weight, a backward pass four.
 """
 
+import importlib.util
 import json as json_
 import os
 from dataclasses import asdict, dataclass
@@ -86,6 +87,11 @@ def check_resources(recipe: Recipe) -> None:
             joined is for its scheduler to judge.
     """
     left = [cost for cost in costs(recipe) if not cost.done]
+    sharded = recipe.compute.runner == "ray" and recipe.distill.zero_stage > 0
+    if sharded and any(cost.step == "distill" for cost in left) and importlib.util.find_spec("deepspeed") is None:
+        raise ResourceError(
+            "distill.zero_stage 1 to 3 needs DeepSpeed under the ray runner: pip install 'finescope[deepspeed]', or set it to 0"
+        )
     free = storage.free_bytes(storage.absolute(recipe.output))
     disk = sum(cost.disk_bytes for cost in left)
     if free is not None and disk > free:

@@ -103,6 +103,7 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
     _refuse_second_driver(step, output)
     if not claimed:
         write_claim(uri, Claim(step=step.name, identity=step.identity, version=step.version))
+    storage.delete_temporaries(output, below=False)
     storage.delete_temporaries(uri)
     started, clock = now(), time.monotonic()
     state = StepState(

@@ -243,10 +243,10 @@ def delete(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def delete_temporaries(directory: str) -> None:
-    """Remove what writers that were killed left in a local directory and the directories in it."""
+def delete_temporaries(directory: str, below: bool = True) -> None:
+    """Remove what writers that were killed left in a local directory and, if `below`, in the directories in it."""
     if is_local(directory):
-        for leftover in Path(filesystem(directory)[1]).rglob(f"{TEMPORARY_PREFIX}*"):
+        for leftover in Path(filesystem(directory)[1]).glob(f"{'**/' if below else ''}{TEMPORARY_PREFIX}*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:

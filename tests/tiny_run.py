@@ -16,7 +16,10 @@ from finescope.config import Recipe
 MATHS = ["sum", "product", "integer", "prime", "divide", "root", "square", "equation", "angle", "proof", "number", "even"]
 COOKING = ["salt", "onion", "butter", "roast", "oven", "slice", "garlic", "soup", "taste", "flour", "boil", "pan"]
 COMMON = ["the", "a", "of", "and", "is", "with", "then", "we", "find", "add", "take", "until"]
-_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <eos> {% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
 
 
 def sentence(words: list[str], random: np.random.Generator, length: int = 18) -> str:

@@ -122,7 +122,7 @@ def read_seeds(section: SeedsSection, corpus: CorpusSection, tokenizer: "PreTrai
                 raise CorpusError(f"{place}: not a JSON object in UTF-8: {error}") from error
             texts.append(_text(row, corpus, tokenizer, place))
     if not texts:
-        raise CorpusError(f"'{section.path}' holds no seed")
+        raise CorpusError(f"seeds.path: '{section.path}' holds no seed")
     return texts
 
 

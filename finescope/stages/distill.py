@@ -183,7 +183,7 @@ def _train(
             context.runner.train(loop.train, (job,), progress, resources, section.zero_stage)
         _write_card(step, section, home, folder or "recovered", planned.tokens)
         storage.put_json(storage.join(home, "trained.json"), {"tokens": planned.tokens, "steps": len(planned.steps)})
-        storage.delete(storage.join(home, "checkpoints"))
+    storage.delete(storage.join(home, "checkpoints"))
     used = table.column("used").to_pylist()
     return {
         "training_tokens": planned.tokens,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import polars as pl
 import pytest
 import torch
-from cli_runs import Ended, Finished, ended, leftovers, stamps, start, states, write_recipe
+from cli_runs import Ended, Finished, ended, finescope, leftovers, stamps, start, states, write_recipe
 from safetensors.torch import load_file
 from tiny_run import recipe_values
 
@@ -42,13 +42,16 @@ def story(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Story
     home = tmp_path_factory.mktemp("killed")
     output = home / "run"
     recipe = write_recipe(home / "recipe.yaml", recipe_values(finished.root, "killed") | {"output": str(output)})
-    embedded, curate, checkpoints = output / "embed" / "units", output / "curate", output / "distill" / "checkpoints"
+    embedded, checkpoints = output / "embed" / "units", output / "distill" / "checkpoints"
     moments: dict[str, Callable[[], bool]] = {
         "embed": lambda: sum(1 for _ in embedded.glob("*.json")) >= 3,
-        "curate": lambda: (curate / "step.json").exists(),
+        "curate": lambda: (output / "curate").exists() and states(output).get("curate") == "running",
         "distill": lambda: any(checkpoints.glob("*/done.json")),
     }
     killed = {step: _kill(recipe, output, step, moment) for step, moment in moments.items()}
+    # What a blow between a file's writing and its renaming leaves: at the top, in a step, beside a checkpoint.
+    for place in (output, output / "distill", checkpoints):
+        (place / ".tmp-of-the-killed").write_text("half")
     return Story(output, killed, ended(start(["run", recipe])))
 
 
@@ -59,7 +62,7 @@ def _kill(recipe: str, output: Path, step: str, moment: Callable[[], bool]) -> K
         while not moment():
             if process.poll() is not None:
                 pytest.fail(f"it ended before {step}: {ended(process).err}")
-            time.sleep(0.001)
+            time.sleep(0.003)
         process.send_signal(signal.SIGKILL)
         assert ended(process).code == -signal.SIGKILL
         if not (output / step / "manifest.json").exists():
@@ -121,3 +124,19 @@ def test_weights_are_those_of_an_undisturbed_run(finished: Finished, story: Stor
     expected, found = (load_file(output / student / "model.safetensors") for output in (finished.output, story.output))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_blow_after_the_training_leaves_no_checkpoint(finished: Finished, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished.output, output)
+    (output / "distill" / "manifest.json").unlink()
+    for folder in ("", "control"):
+        checkpoint = output / "distill" / folder / "checkpoints" / "step-00000006"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "done.json").write_text("{}")
+    trained = stamps(output / "distill" / "model")
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(finished.root, "blow") | {"output": str(output)})
+    again = finescope("run", recipe, "--until", "distill")
+    assert again.code == 0, again.err
+    assert leftovers(output) == []
+    assert stamps(output / "distill" / "model") == trained

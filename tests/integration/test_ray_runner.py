@@ -26,7 +26,12 @@ _COMPUTE = {"runner": "ray", "actors": 2, "train_workers": 2, "memory_per_actor_
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
     # Ray's sockets live below it and their paths may have 107 characters at most.
-    with tempfile.TemporaryDirectory(prefix="rr", dir="/tmp", ignore_cleanup_errors=True) as directory:
+    with (
+        tempfile.TemporaryDirectory(prefix="rr", dir="/tmp", ignore_cleanup_errors=True) as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Ray's workers stand back behind every other process; on a machine that is shared they would starve.
+        patch.setenv("RAY_worker_niceness", "0")
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         ray.init(
             num_cpus=2,

@@ -168,7 +168,8 @@ def killed(output: str, **changes: Any) -> None:
     """What a driver that was killed in the middle leaves behind."""
     with pytest.raises(KeyboardInterrupt):
         steps.run(FIRST, output, Function(KeyboardInterrupt()))
-    storage.put_bytes(f"{output}/first/{storage.TEMPORARY_PREFIX}half", b"half")
+    for directory in (output, f"{output}/first"):
+        storage.put_bytes(f"{directory}/{storage.TEMPORARY_PREFIX}half", b"half")
     state = StepState(state="running", path="first", identity=FIRST.identity, started=now(), host=socket.gethostname())
     mark(output, "first", state.model_copy(update=changes))
 
