@@ -18,7 +18,7 @@ def model(context: Context, section: ModelSection, layer: int, step: StepInput) 
         ModelError: not found, refused, of an unknown architecture, or with fewer blocks than `sae.layer`.
     """
     source = resolve(section)
-    with context.reporter.task(f"model: {section.path.rsplit('/', 1)[-1]}", None, "models") as progress:
+    with context.reporter.task(f"model: {section.path.rsplit('/', 1)[-1]}", 1, "models") as progress:
         reference = materialise(source, section, storage.join(step.uri, "base"))
         progress(1)
     if layer > reference.num_layers:

@@ -52,7 +52,7 @@ def sae(context: Context, corpus: CorpusSection, section: SaeSection, step: Step
     job = _Job(model, corpus, section, units, storage.join(step.uri, "dictionary"))
     resources = Resources(memory_bytes(model))
     if section.path is not None:
-        with context.reporter.task("sae: measuring", None, "dictionaries") as progress:
+        with context.reporter.task("sae: measuring", 1, "dictionaries") as progress:
             facts, history = context.runner.call(_adopt, (job,), progress, resources)
     else:
         with context.reporter.task("sae: training", work_units(section), "tokens") as progress:

@@ -17,6 +17,9 @@ from tiny_run import recipe_values
 
 from finescope.config import STEPS
 
+# Four runs one after the other, each of which imports torch: minutes where the machine is busy.
+pytestmark = pytest.mark.timeout(1200)
+
 _UNITS = 40
 # A blow that comes too late is no test: it is tried so many times.
 _ATTEMPTS = 5

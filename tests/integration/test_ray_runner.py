@@ -18,7 +18,8 @@ from finescope import pipeline
 from finescope.config import Recipe
 from finescope.manifest import Manifest
 
-pytestmark = pytest.mark.ray
+# Many processes start, each of which imports torch: minutes where the machine is busy.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 _COMPUTE = {"runner": "ray", "actors": 2, "train_workers": 2, "memory_per_actor_gb": 0.1}
 
