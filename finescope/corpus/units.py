@@ -1,10 +1,8 @@
 """Units of work: (file, row group). What a file holds, before a model is loaded."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,9 +20,7 @@ from finescope.corpus.streams import is_damage, iterate_lines
 from finescope.corpus.text import Template
 from finescope.errors import CorpusError
 
-IDS = pa.schema(
-    [("id", pa.string()), ("hash", pa.uint64()), ("file", pa.string()), ("row_group", pa.int32()), ("row", pa.int64())]
-)
+IDS = pa.schema([("id", pa.string()), ("file", pa.string()), ("row_group", pa.int32()), ("row", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -72,22 +68,6 @@ def inspect_file(file: CorpusFile, section: CorpusSection) -> FileInspection:
     return FileInspection(
         pa.Table.from_pylist(units, schema=schemas.DOCUMENTS), schemas.REJECTS.empty_table(), tuple(columns), ids
     )
-
-
-def duplicate_ids(ids: Sequence[pa.Table], at_most: int) -> list[tuple[str, str, str]]:
-    """Ids that occur more than once, in order of id: (id, first place, second place); a place is file, row group, row.
-
-    Memory: 8 bytes an id beside the tables; ids are compared only where their hashes meet.
-    """
-    table = pa.concat_tables(ids) if ids else IDS.empty_table()
-    hashes = table.column("hash").to_numpy()
-    order = np.argsort(hashes, kind="stable")
-    equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    suspects = table.take(pa.array(np.sort(np.unique(order[np.concatenate([equal, equal + 1])])))).to_pylist()
-    places: dict[str, list[str]] = {}
-    for row in suspects:
-        places.setdefault(row["id"], []).append(f"{row['file']}, row group {row['row_group']}, row {row['row']}")
-    return [(name, found[0], found[1]) for name, found in sorted(places.items()) if len(found) > 1][:at_most]
 
 
 def _inspect_parquet(file: CorpusFile, section: CorpusSection) -> tuple[list[str], list[tuple[int, int]]]:
@@ -144,14 +124,9 @@ def _ids(file: CorpusFile, column: str, num_units: int) -> pa.Table:
         names = [name for name, _ in found]
         columns = {
             "id": pa.array(names, pa.string()),
-            "hash": pa.array(np.array([_hash64(name) for name in names], dtype=np.uint64)),
             "file": pa.array([file.info.path] * len(found), pa.string()),
             "row_group": pa.array([row_group] * len(found), pa.int32()),
             "row": pa.array([row for _, row in found], pa.int64()),
         }
         tables.append(pa.table(columns, schema=IDS))
     return pa.concat_tables(tables) if tables else IDS.empty_table()
-
-
-def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -38,7 +38,7 @@ class Embedder:
         """A table of `EMBEDDED`, a row a text. Of equal texts in an equal list the result is the same to the bit."""
         section = self._section
         tokens = tokenise(self.tokenizer, texts, section.max_tokens)
-        codes = _Codes(len(texts), section.keep_latents)
+        codes = _Codes(len(texts))
         for batch in length_batches([len(item) for item in tokens], section.batch_tokens):
             ids, mask = pad_batch([tokens[index] for index in batch], self.tokenizer.pad_token_id)
             if mask.shape[1] < 2:
@@ -85,11 +85,10 @@ class Embedder:
 class _Codes:
     """Collects the codes of documents that come in any order."""
 
-    def __init__(self, documents: int, keep: int) -> None:
+    def __init__(self, documents: int) -> None:
         self._ids = [np.empty(0, np.int32)] * documents
         self._values = [np.empty(0, np.float16)] * documents
         self._fvu = np.ones(documents, np.float32)  # of no activation nothing is explained
-        self._keep = keep
 
     def put(self, batch: np.ndarray, ids: Tensor, values: Tensor, fvu: Tensor) -> None:
         """Take the codes of documents `batch`. Values that f16 cannot tell from zero are left out."""

@@ -39,11 +39,6 @@ def throughput(model: PreTrainedModel, batch_size: int, prompt_tokens: int, deco
     return Throughput(statistics.median(prefill), statistics.median(decode), prefill, decode)
 
 
-def file_bytes(directory: str) -> int:
-    """Bytes of all files of a model's directory (any fsspec URI), hidden ones left out."""
-    return sum(info.size for info in storage.glob(directory))
-
-
 def weight_bytes(directory: str) -> int:
     """Bytes of the safetensors files of a model's directory."""
     return sum(info.size for info in storage.glob(directory) if info.path.endswith(".safetensors"))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from finescope.models.anatomy import anatomy_of, blocks_of
+from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 
@@ -33,11 +33,11 @@ class Size:
 
 def size_of(model: PreTrainedModel, dtype: str) -> Size:
     """The sizes of `model`, which may be on the meta device, held as `dtype` (auto: four bytes, the most it can be)."""
-    blocks = blocks_of(model, anatomy_of(model))
+    anatomy = anatomy_of(model)
     return Size(
         model.num_parameters(),
-        sum(parameter.numel() for block in blocks for parameter in block.parameters()),
-        len(blocks),
+        block_parameters(model, anatomy),
+        len(blocks_of(model, anatomy)),
         model.config.hidden_size,
         model.config.vocab_size,
         _BYTES[dtype],

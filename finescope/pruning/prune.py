@@ -31,7 +31,7 @@ def prune_model(
     """Remove about `section.ratio` of the block parameters of `model`, chosen and compensated on `batches`.
 
     The model is in eval mode; it is not changed. The batches are the calibration set: (input_ids, attention_mask), int64
-    [documents, tokens], padded on the right. `progress` is called with tokens, `planned_tokens(section, batches)` in all.
+    [documents, tokens], padded on the right. `progress` is called with tokens, `planned_tokens` in all.
 
     Raises:
         RecipeError: the ratio cannot be reached.
@@ -68,9 +68,9 @@ def prune_model(
     return PruneResult(student, importance_table(importance, groups, kept), summary)
 
 
-def planned_tokens(section: PruneSection, batches: Sequence[Batch]) -> int:
+def planned_tokens(section: PruneSection, num_tokens: int) -> int:
     """What `progress` sums to: the calibration tokens once for Taylor importance and once for compensation."""
-    return _num_tokens(batches) * ((section.method == "taylor") + _refits(section))
+    return num_tokens * ((section.method == "taylor") + _refits(section))
 
 
 def importance_table(importance: Importance, groups: Groups, kept: Kept) -> pa.Table:

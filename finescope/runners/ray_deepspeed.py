@@ -105,6 +105,10 @@ class DeepSpeedEngine:
         deepspeed = _module("deepspeed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         on_gpu = self.device.type == "cuda"
+        if not on_gpu:
+            # A kernel for inference that every fresh machine would compile first, if it has a compiler; a process killed
+            # meanwhile leaves a lock behind that the next one waits for without end. gloo does all that training needs.
+            _module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
         config = {
             # What DeepSpeed wants to know; how many documents a pass really has is the loop's affair.

@@ -13,7 +13,7 @@ from finescope.corpus.tokenise import tokenise
 from finescope.distillation import loop
 from finescope.distillation.examples import build_examples, to_table
 from finescope.distillation.loop import TrainJob
-from finescope.distillation.rewrite import Rewriter
+from finescope.distillation.rewrite import Rewriter, select_first
 from finescope.errors import StepFailed
 from finescope.manifest import TableFile
 from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
@@ -132,12 +132,12 @@ def _rewrite(
     """The shards of `rewrites`. Units whose shard is there are not done again."""
     table_uri = storage.join(uri, name)
     there = set(storage.list_names(table_uri))
-    count = round(section.rewrite_share * len(pairs)) if section.rewrite else 0
-    units = []
-    for number, start in enumerate(range(0, len(pairs), _REWRITE_UNIT)):
-        part = pairs[start : start + _REWRITE_UNIT]
-        columns = {field: [getattr(pair, field) for pair in part] for field in ("doc_id", "prompt", "response")}
-        units.append({"unit": number, **columns, "selected": [start + place < count for place in range(len(part))]})
+    columns = {name: pa.array([getattr(pair, name) for pair in pairs], pa.string()) for name in ("doc_id", "prompt", "response")}
+    documents = select_first(pa.table(columns), section.rewrite_share if section.rewrite else 0.0)
+    units = [
+        {"unit": number, **documents.slice(start, _REWRITE_UNIT).to_pydict()}
+        for number, start in enumerate(range(0, len(pairs), _REWRITE_UNIT))
+    ]
     left = [unit for unit in units if f"part-{unit['unit']:06d}.parquet" not in there]
     with context.reporter.task("distill: rewriting", len(pairs), "documents") as progress:
         progress(len(pairs) - sum(len(unit["doc_id"]) for unit in left))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -11,7 +12,7 @@ from finescope.config import CorpusSection, PruneSection
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
 from finescope.models.anatomy import anatomy_of
 from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
-from finescope.pruning.prune import prune_model
+from finescope.pruning.prune import planned_tokens, prune_model
 from finescope.pruning.verify import verify_saved
 from finescope.runners.base import Context, Progress, Resources
 from finescope.stages.cards import model_card
@@ -29,7 +30,7 @@ class _Job:
     model: ModelReference
     source: str  # the model as the recipe names it
     section: PruneSection
-    texts: tuple[str, ...]
+    tokens: tuple[np.ndarray, ...]  # int32 [T] a calibration document
     uri: str  # where the student goes
 
 
@@ -43,8 +44,10 @@ def prune(context: Context, corpus: CorpusSection, section: PruneSection, step: 
     model = model_of(step["model"])
     texts = calibration_texts(context, corpus, section, step)
     student_uri = storage.join(step.uri, "model")
-    job = _Job(model, step["model"].facts["source"], section, texts, student_uri)
-    with context.reporter.task("prune", None, "tokens") as progress:
+    tokens = tuple(tokenise(load_tokenizer(model), texts, section.max_tokens))
+    job = _Job(model, step["model"].facts["source"], section, tokens, student_uri)
+    planned = planned_tokens(section, sum(len(item) for item in tokens))
+    with context.reporter.task("prune", planned, "tokens") as progress:
         importance, summary = context.runner.call(_prune, (job,), progress, Resources(memory_bytes(model, 3.0)))
     tables = {"importance": write_table(step.uri, "importance", importance)}
     reference = reference_of(student_uri, model, step.identity)
@@ -66,7 +69,7 @@ def calibration_texts(context: Context, corpus: CorpusSection, section: PruneSec
 def _prune(job: _Job, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
     model = load_model(job.model)
     tokenizer = load_tokenizer(job.model)
-    tokens = tokenise(tokenizer, list(job.texts), job.section.max_tokens)
+    tokens = job.tokens
     batches = []
     for batch in length_batches([len(item) for item in tokens], _BATCH_TOKENS):
         ids, mask = pad_batch([tokens[index] for index in batch], tokenizer.pad_token_id)

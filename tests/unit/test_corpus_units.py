@@ -6,7 +6,7 @@ from corpus_files import jsonl, parquet, section
 from finescope import schemas
 from finescope.config import CorpusSection
 from finescope.corpus.files import resolve
-from finescope.corpus.units import IDS, FileInspection, duplicate_ids, inspect_file, needed_columns
+from finescope.corpus.units import IDS, FileInspection, inspect_file, needed_columns
 from finescope.errors import CorpusError, RecipeError
 
 
@@ -88,7 +88,7 @@ def test_needed_columns_of_all_fields() -> None:
         needed_columns(section("x", prompt="a", response="{"))
 
 
-def test_ids_and_their_duplicates(tmp_path: Path) -> None:
+def test_ids_and_their_places(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", {"id": ["x", None, "y", "x"], "text": ["t"] * 4}, rows_per_group=2)
     jsonl(tmp_path / "b.jsonl", {"id": "y", "text": "t"}, b"{bad", {"id": 3, "text": None}, {"id": ["no"]}, {"id": ""})
     tables = [item.ids for item in _inspect(section(tmp_path, id="id")) if item.ids is not None]
@@ -96,9 +96,3 @@ def test_ids_and_their_duplicates(tmp_path: Path) -> None:
     assert [table.column("id").to_pylist() for table in tables] == [["x", "y", "x"], ["y", "3"]]
     assert tables[0].column("row_group").to_pylist() == [0, 1, 1]
     assert tables[1].column("row").to_pylist() == [0, 2]
-    found = duplicate_ids(tables, 3)
-    assert [name for name, _, _ in found] == ["x", "y"]
-    assert found[0][1].endswith("a.parquet, row group 0, row 0")
-    assert found[1][2].endswith("b.jsonl, row group 0, row 0")
-    assert duplicate_ids(tables, 1) == found[:1]
-    assert duplicate_ids([], 3) == duplicate_ids(tables[1:], 3) == []
