@@ -71,8 +71,8 @@ def write_recipe(path: Path, values: dict[str, Any]) -> str:
 def start(arguments: Sequence[str], code: str = "from finescope.cli import main; main()") -> "subprocess.Popen[str]":
     """Python code, by default the command line, in a process of its own."""
     command = [sys.executable, "-c", code, *arguments]
-    # As many threads as here: sums of floats depend on it.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # One thread, as in the run that it is compared with: sums of floats depend on their number.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
 

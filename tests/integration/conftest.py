@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from cli_runs import Finished, SilentReporter
 from tiny_run import recipe_values, write_inputs
 
@@ -18,5 +19,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     recipe = Recipe.model_validate(values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        manifests = pipeline.run(recipe, SilentReporter())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the processes that it is compared with
+        try:
+            manifests = pipeline.run(recipe, SilentReporter())
+        finally:
+            torch.set_num_threads(threads)
     return Finished(root, recipe, Path(values["output"]), manifests)

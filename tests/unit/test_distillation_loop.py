@@ -6,7 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,9 +55,11 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return student_directory(tmp_path_factory.mktemp("student"))
+    yield student_directory(tmp_path_factory.mktemp("student"))
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
