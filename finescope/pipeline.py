@@ -41,7 +41,8 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
 def placed(recipe: Recipe) -> Recipe:
     """The recipe with its output absolute and `{output}` in paths replaced by it.
 
-    Identities are made of the recipe as it is written, so that a run with its inputs inside can be moved.
+    Identities are made of the recipe as it is written: they do not depend on where the output lies. A run that was moved
+    can be read; steps that load its own models cannot go on there, as references to them are absolute.
     """
     output = storage.absolute(recipe.output)
 
