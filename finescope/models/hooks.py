@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 from finescope.models.anatomy import anatomy_of, blocks_of
 
 
+Site = Literal["residual", "attention", "mlp", "mlp_hidden"]
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """A place in the model."""
 
     layer: int  # 1-based: after decoder block `layer`
-    site: Literal["residual"] = "residual"
+    site: Site = "residual"
 
     @property
     def module(self) -> str:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from finescope import storage
 from finescope.errors import ModelError
-from finescope.models.hooks import HookPoint
+from finescope.models.hooks import HookPoint, Site
 from finescope.models.load import ModelReference
 from finescope.sae.autoencoder import Architecture, SparseAutoencoder, weight_shapes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WEIGHTS, _RECORD = "dictionary.safetensors", "dictionary.json"
 
 
@@ -27,8 +27,9 @@ class Dictionary:
     coordinates_method: str
     model_path: str
     model_revision: str | None
-    model_fingerprint: str
-    fvu: float  # held out, in standardised units: what a reader who measures again should find
+    model_fingerprint: str | None  # None: not known, the dictionary comes from elsewhere
+    module: str  # path of the module whose output (mlp_hidden: input) is read
+    fvu: float | None  # held out, in standardised units: what a reader who measures again should find; None: not known
 
     @property
     def layer(self) -> int:
@@ -41,20 +42,21 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     layer: int
-    site: Literal["residual"]
+    site: Site
     module: str
     architecture: Architecture
     k: int
     num_latents: int
-    d_model: int
+    d_in: int
     coordinates_method: str
     coordinates: list[int]
+    num_coordinates: int  # that the autoencoder sees: fewer than `coordinates` where there is a basis
     model_path: str
     model_revision: str | None
-    model_fingerprint: str
-    fvu: float
+    model_fingerprint: str | None
+    fvu: float | None
 
 
 def save_dictionary(uri: str, dictionary: Dictionary) -> None:
@@ -64,13 +66,14 @@ def save_dictionary(uri: str, dictionary: Dictionary) -> None:
         format_version=FORMAT_VERSION,
         layer=dictionary.hook.layer,
         site=dictionary.hook.site,
-        module=dictionary.hook.module,
+        module=dictionary.module,
         architecture=autoencoder.architecture,
         k=autoencoder.k,
         num_latents=autoencoder.num_latents,
-        d_model=autoencoder.d_model,
+        d_in=autoencoder.d_in,
         coordinates_method=dictionary.coordinates_method,
         coordinates=autoencoder.coordinates.tolist(),
+        num_coordinates=len(autoencoder.mean),
         model_path=dictionary.model_path,
         model_revision=dictionary.model_revision,
         model_fingerprint=dictionary.model_fingerprint,
@@ -101,13 +104,15 @@ def load_dictionary(uri: str, device: torch.device | str = "cpu") -> Dictionary:
             raise ModelError(f"dictionary '{uri}': {_RECORD}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         except (OSError, SafetensorError) as error:
             raise ModelError(f"dictionary '{uri}': {_WEIGHTS} cannot be read: {error}") from error
-    expected = weight_shapes(record.num_latents, len(record.coordinates))
+    expected = weight_shapes(
+        record.num_latents, record.num_coordinates, len(record.coordinates) if "basis" in weights else None
+    )
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise ModelError(f"dictionary '{uri}': {_RECORD} says {expected}, {_WEIGHTS} holds {found}")
     if weights["coordinates"].tolist() != record.coordinates or not 0 < record.k <= record.num_latents:
         raise ModelError(f"dictionary '{uri}': {_RECORD} and {_WEIGHTS} do not belong together")
-    autoencoder = SparseAutoencoder(weights, architecture=record.architecture, k=record.k, d_model=record.d_model)
+    autoencoder = SparseAutoencoder(weights, architecture=record.architecture, k=record.k, d_in=record.d_in)
     return Dictionary(
         autoencoder,
         HookPoint(record.layer, record.site),
@@ -115,6 +120,7 @@ def load_dictionary(uri: str, device: torch.device | str = "cpu") -> Dictionary:
         record.model_path,
         record.model_revision,
         record.model_fingerprint,
+        record.module,
         record.fvu,
     )
 
@@ -126,8 +132,8 @@ def check_belongs(dictionary: Dictionary, model: ModelReference) -> None:
         ModelError: the width differs, or the model has no such block.
     """
     where = f"the dictionary of '{dictionary.model_path}'"
-    if dictionary.autoencoder.d_model != model.d_model or dictionary.layer > model.num_layers:
+    if dictionary.hook.site != "mlp_hidden" and dictionary.autoencoder.d_in != model.d_model or dictionary.layer > model.num_layers:
         raise ModelError(
-            f"sae.path: {where} reads block {dictionary.layer} of width {dictionary.autoencoder.d_model}; "
+            f"sae.path: {where} reads block {dictionary.layer} of width {dictionary.autoencoder.d_in}; "
             f"'{model.path}' has {model.num_layers} blocks of width {model.d_model}"
         )
