@@ -44,7 +44,7 @@ class _Record(BaseModel):
     format_version: Literal[1]
     layer: int
     site: Literal["residual"]
-    module: str
+    module: str | None = None  # where it was read, for people
     architecture: Architecture
     k: int
     num_latents: int
@@ -64,7 +64,6 @@ def save_dictionary(uri: str, dictionary: Dictionary) -> None:
         format_version=FORMAT_VERSION,
         layer=dictionary.hook.layer,
         site=dictionary.hook.site,
-        module=dictionary.hook.module,
         architecture=autoencoder.architecture,
         k=autoencoder.k,
         num_latents=autoencoder.num_latents,
