@@ -1,17 +1,11 @@
-"""Checkpoints of a training: complete ones only, the newest first, the last two kept."""
+"""Checkpoints of a training of a student: where it stands, and the engine's weights and optimiser."""
 
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from finescope import storage
+from finescope import checkpoints
 from finescope.distillation.engine import Engine
 from finescope.errors import StepFailed
-
-DONE = "done.json"
-KEPT = 2
-_NAME = re.compile(r"step-(\d{8})/" + re.escape(DONE) + "$")
 
 
 @dataclass(frozen=True)
@@ -31,16 +25,8 @@ class Cursor:
 
 
 def save(engine: Engine, uri: str, cursor: Cursor) -> None:
-    """Write a checkpoint below `uri`: its files first, the record that makes it count last. All ranks call."""
-    target = storage.join(uri, f"step-{cursor.step:08d}")
-    with storage.scratch_directory(target) as directory:
-        directory.mkdir(parents=True)
-        engine.save(directory)
-        if engine.rank == 0:
-            storage.put_tree(directory, target)
-            storage.put_json(storage.join(target, DONE), asdict(cursor))
-            for step in complete_steps(uri)[KEPT:]:
-                _delete(uri, step)
+    """Write a checkpoint below `uri`. All ranks call."""
+    checkpoints.save(uri, cursor.step, asdict(cursor), engine.save, first=engine.rank == 0)
     engine.sum([0.0])  # a barrier: nobody goes on before it is there
 
 
@@ -50,28 +36,14 @@ def load_newest(engine: Engine, uri: str, job: str) -> Cursor | None:
     Raises:
         StepFailed: it belongs to other examples or another plan.
     """
-    steps = complete_steps(uri)
+    steps = checkpoints.complete_steps(uri)
     engine.sum([0.0])  # a barrier: all have looked before anyone writes
     if not steps:
         return None
-    source = storage.join(uri, f"step-{steps[0]:08d}")
-    record: dict[str, Any] = storage.read_json(storage.join(source, DONE))
+    record: dict[str, Any] = checkpoints.read_record(uri, steps[0])
     cursor = Cursor(**{**record, "metrics": tuple(record["metrics"])})
     if cursor.job != job:
-        raise StepFailed(f"the checkpoint '{source}' belongs to another training; remove '{uri}' to start afresh")
-    with storage.local_directory(source) as directory:
-        engine.load(Path(directory))
+        raise StepFailed(f"the newest checkpoint in '{uri}' belongs to another training; remove it to start afresh")
+    with checkpoints.files_of(uri, steps[0]) as directory:
+        engine.load(directory)
     return cursor
-
-
-def complete_steps(uri: str) -> list[int]:
-    """The steps of the complete checkpoints below `uri`, newest first."""
-    found = (_NAME.search(file.path) for file in storage.glob(uri))
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
-
-
-def _delete(uri: str, step: int) -> None:
-    directory = storage.join(uri, f"step-{step:08d}")
-    # The record first: a checkpoint that is half gone must not count.
-    storage.delete(storage.join(directory, DONE))
-    storage.delete(directory)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from finescope.config import CoordinatesSection
-from finescope.models.hooks import residual_of_embeddings
+from finescope.models.hooks import HookPoint, values_of_embeddings
 from finescope.sae.stream import TokenBatch, stream_activations, used_positions
 
 
@@ -61,7 +61,7 @@ def jacobian_scores(
         used = used_positions(mask)
 
         def residual(values: Tensor, mask: Tensor = mask) -> Tensor:
-            return residual_of_embeddings(model, values, mask, layer)
+            return values_of_embeddings(model, values, mask, HookPoint(layer))
 
         for _ in range(probes):
             signs = torch.randint(0, 2, embeddings.shape, generator=generator) * 2 - 1

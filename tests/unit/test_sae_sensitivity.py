@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from finescope.config import CoordinatesSection
-from finescope.models.hooks import capture, residual_of_embeddings
+from finescope.models.hooks import HookPoint, capture, values_of_embeddings
 from finescope.models.load import load_model
 from finescope.sae.sensitivity import choose_coordinates, jacobian_scores
 from finescope.sae.stream import TokenBatch, stream_activations
@@ -27,7 +27,7 @@ def explicit_scores(model: PreTrainedModel) -> Tensor:
         tokens = torch.from_numpy(ids[: mask.sum()])[None]
         ones = torch.ones_like(tokens)
         with sdpa_kernel(SDPBackend.MATH):
-            jacobian = torch.func.jacrev(lambda e, ones=ones: residual_of_embeddings(model, e, ones, LAYER))(
+            jacobian = torch.func.jacrev(lambda e, ones=ones: values_of_embeddings(model, e, ones, HookPoint(LAYER)))(
                 model.get_input_embeddings()(tokens)
             )
         assert isinstance(jacobian, Tensor)  # [1, T, d, 1, T, d]
@@ -74,7 +74,7 @@ def test_only_the_first_documents_count(tmp_path: Path) -> None:
 
 def test_first_position_and_padding_are_left_out(tmp_path: Path) -> None:
     model = load_model(reference(saved_model(tmp_path, "llama")), num_layers=LAYER, device="cpu")
-    residual = capture(model, torch.from_numpy(IDS), torch.from_numpy(MASK), LAYER)
+    (residual,) = capture(model, torch.from_numpy(IDS), torch.from_numpy(MASK), [HookPoint(LAYER)])
     (right,) = stream_activations(model, BATCHES, LAYER)
     assert torch.equal(right, torch.cat([residual[0, 1:4], residual[1, 1:3]]))
     left_ids, left_mask = np.array([[0, 5, 8, 6]]), np.array([[0, 1, 1, 1]])

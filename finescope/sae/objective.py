@@ -1,0 +1,196 @@
+"""The objectives of the four architectures on standardised activations (METHOD 2), and AuxK.
+
+Standardised means variance 1 a coordinate: the mean squared error is then the FVU, up to the batch's own variance.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+
+from finescope.config import SaeSection
+from finescope.sae.sparse import Pattern, decode_at, encode_at, rows_of
+
+# Through a dead latent's ReLU a share of the gradient passes, or one that is negative everywhere could never revive.
+_DEAD_SLOPE = 0.1
+# Of batch_topk: so many times k of each row are looked at before the whole batch is.
+_CANDIDATES = 4
+# Of jumprelu: width of the window around a threshold in which the threshold feels the gradient, in units of the
+# pre-activations of standardised coordinates.
+_BANDWIDTH = 0.5
+
+
+@dataclass
+class Weights:
+    """What is trained, on standardised coordinates: L latents, C coordinates."""
+
+    encoder_weight: Tensor  # [L, C]
+    encoder_bias: Tensor  # [L]
+    decoder_weight: Tensor  # [L, C], unit rows
+    decoder_bias: Tensor  # [C]: the mean, in raw units
+    log_threshold: Tensor | None  # [L], jumprelu only
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+
+class Losses(NamedTuple):
+    """Of one batch [N, C]."""
+
+    total: Tensor  # [], with a graph
+    error: Tensor  # [] float64: sum of the squared reconstruction error
+    active: Tensor  # [L] bool: active on some activation
+    num_active: Tensor  # [] int64: active latents, summed over the activations
+    lowest: Tensor | None  # []: the smallest value that was kept (batch_topk)
+
+
+class _Active(NamedTuple):
+    decoded: Tensor  # [N, C], without decoder_bias
+    sparsity: Tensor | float  # the term beside the reconstruction
+    active: Tensor
+    num_active: Tensor
+    lowest: Tensor | None
+
+
+def losses(weights: Weights, batch: Tensor, section: SaeSection, dead: Tensor) -> Losses:
+    """The objective on `batch` [N, C]; `dead` int64 are the latents that AuxK takes."""
+    centred = batch - weights.decoder_bias.detach()
+    if section.architecture in ("topk", "batch_topk"):
+        pre = _pre_activations(weights, centred)
+        found = _sparse(weights, centred, pre, section)
+    else:
+        pre, found = _dense(weights, batch, section)
+    residual = batch - found.decoded - weights.decoder_bias
+    # By rows first: a long sum is split among the threads, and their number would move the last bits.
+    error = residual.square().sum(1).sum()
+    total = error / batch.numel() + found.sparsity
+    if len(dead) and section.auxk_coefficient:
+        auxiliary = _auxiliary(weights, centred, pre.detach(), residual.detach(), section.auxk, dead)
+        total = total + section.auxk_coefficient * auxiliary
+    return Losses(total, error.detach().double(), found.active, found.num_active, found.lowest)
+
+
+@torch.no_grad()
+def _pre_activations(weights: Weights, centred: Tensor) -> Tensor:
+    """[N, L] without a graph, to choose latents by: bfloat16 on a GPU, float32 elsewhere."""
+    with torch.autocast(centred.device.type, torch.bfloat16, enabled=centred.device.type == "cuda"):
+        return functional.linear(centred, weights.encoder_weight, weights.encoder_bias)
+
+
+def _sparse(weights: Weights, centred: Tensor, pre: Tensor, section: SaeSection) -> _Active:
+    num_latents = section.num_latents
+    lowest = None
+    if section.architecture == "topk":
+        chosen, ids = pre.topk(section.k, dim=1)
+        pattern, chosen = rows_of(ids, num_latents), chosen.flatten()
+    else:
+        pattern, chosen = _largest_of_batch(pre, section.k)
+        lowest = chosen.min().float() if len(chosen) else None
+    values = _values(weights, pattern, centred, chosen).relu()
+    on = pattern.ids[values > 0]
+    active = torch.zeros(num_latents, dtype=torch.bool, device=pre.device)
+    active[on] = True
+    return _Active(decode_at(pattern, values, weights.decoder_weight), 0.0, active, torch.tensor(len(on)), lowest)
+
+
+def _values(weights: Weights, pattern: Pattern, centred: Tensor, chosen: Tensor) -> Tensor:
+    """Pre-activations of a pattern in float32: those that were chosen by, or computed anew where those are coarser."""
+    known = chosen if chosen.dtype == torch.float32 else None
+    return encode_at(pattern, centred, weights.encoder_weight, weights.encoder_bias, weights.decoder_bias, known)
+
+
+@torch.no_grad()
+def _largest_of_batch(pre: Tensor, k: int) -> tuple[Pattern, Tensor]:
+    """The k * N largest positive entries of [N, L], ties at the end included, and their values.
+
+    They are looked for among the largest of each row; only where a row may have more, in all entries.
+    """
+    rows, num_latents = pre.shape
+    values, ids = pre.topk(min(_CANDIDATES * k, num_latents), dim=1)
+    lowest = values.flatten().topk(rows * k).values[-1]
+    if values.shape[1] < num_latents and bool((values[:, -1] >= lowest).any()):
+        lowest = pre.flatten().topk(rows * k).values[-1]
+        values, ids = pre, torch.arange(num_latents, device=pre.device).expand_as(pre)
+    kept = (values >= lowest) & (values > 0)
+    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=pre.device)
+    torch.cumsum(kept.sum(1), 0, out=offsets[1:])
+    return Pattern(ids[kept], offsets, num_latents), values[kept]
+
+
+def _dense(weights: Weights, batch: Tensor, section: SaeSection) -> tuple[Tensor, _Active]:
+    # (x - b_dec) W^T + b_enc, with the product of weights alone taken out of the large matrix product.
+    bias = weights.encoder_bias - weights.encoder_weight @ weights.decoder_bias
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
+        pre = functional.linear(batch, weights.encoder_weight, bias).float()
+    if weights.log_threshold is None:
+        values = pre.relu()
+        sparsity = section.l1_coefficient * values.sum() / len(batch)
+    else:
+        threshold = weights.log_threshold.exp()
+        values = _jump(pre, threshold)
+        sparsity = section.l0_coefficient * _step(pre, threshold).sum() / len(batch)
+    on = values > 0
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
+        decoded = (values @ weights.decoder_weight).float()
+    return pre, _Active(decoded, sparsity, on.any(0), on.sum(), None)
+
+
+def _auxiliary(weights: Weights, centred: Tensor, pre: Tensor, residual: Tensor, auxk: int, dead: Tensor) -> Tensor:
+    """AuxK: the dead latents of largest pre-activation reconstruct the residual error [N, C], without b_dec."""
+    chosen, place = pre.index_select(1, dead).topk(min(auxk, len(dead)), dim=1)
+    pattern = rows_of(dead[place], pre.shape[1])
+    raw = _values(weights, pattern, centred, chosen.flatten())
+    below = raw.clamp(max=0.0)
+    values = raw.relu() + _DEAD_SLOPE * (below - below.detach())
+    guess = decode_at(pattern, values, weights.decoder_weight)
+    scale = residual.square().sum(1).sum().clamp(min=1e-12)
+    return (residual - guess).square().sum() / scale
+
+
+def _jump(pre: Tensor, threshold: Tensor) -> Tensor:
+    """JumpReLU [N, L]: the pre-activation above its threshold [L], else 0."""
+    jumped: Any = _Jump.apply(pre, threshold)
+    return jumped
+
+
+def _step(pre: Tensor, threshold: Tensor) -> Tensor:
+    """1 where the pre-activation [N, L] is above its threshold [L], else 0."""
+    stepped: Any = _Step.apply(pre, threshold)
+    return stepped
+
+
+class _Jump(Function):
+    """With the pseudo-derivative of the threshold of arXiv 2407.14435, equation 11 (rectangle kernel)."""
+
+    @staticmethod
+    def forward(context: Any, pre: Tensor, threshold: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        context.save_for_backward(pre, threshold)
+        return torch.where(pre > threshold, pre, torch.zeros_like(pre)).relu()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pre, threshold = context.saved_tensors
+        through = torch.where((pre > threshold) & (pre > 0), gradient, torch.zeros_like(gradient))
+        return through, -(threshold / _BANDWIDTH) * (gradient * _window(pre, threshold)).sum(0)
+
+
+class _Step(Function):
+    """With the pseudo-derivative of arXiv 2407.14435, equation 12."""
+
+    @staticmethod
+    def forward(context: Any, pre: Tensor, threshold: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        context.save_for_backward(pre, threshold)
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pre, threshold = context.saved_tensors
+        return None, -(1 / _BANDWIDTH) * (gradient * _window(pre, threshold)).sum(0)
+
+
+def _window(pre: Tensor, threshold: Tensor) -> Tensor:
+    return ((pre - threshold).abs() < _BANDWIDTH / 2).to(pre.dtype)
