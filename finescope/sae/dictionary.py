@@ -104,9 +104,7 @@ def load_dictionary(uri: str, device: torch.device | str = "cpu") -> Dictionary:
             raise ModelError(f"dictionary '{uri}': {_RECORD}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         except (OSError, SafetensorError) as error:
             raise ModelError(f"dictionary '{uri}': {_WEIGHTS} cannot be read: {error}") from error
-    expected = weight_shapes(
-        record.num_latents, record.num_coordinates, len(record.coordinates) if "basis" in weights else None
-    )
+    expected = weight_shapes(record.num_latents, record.num_coordinates, len(record.coordinates) if "basis" in weights else None)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise ModelError(f"dictionary '{uri}': {_RECORD} says {expected}, {_WEIGHTS} holds {found}")
@@ -132,7 +130,11 @@ def check_belongs(dictionary: Dictionary, model: ModelReference) -> None:
         ModelError: the width differs, or the model has no such block.
     """
     where = f"the dictionary of '{dictionary.model_path}'"
-    if dictionary.hook.site != "mlp_hidden" and dictionary.autoencoder.d_in != model.d_model or dictionary.layer > model.num_layers:
+    if (
+        dictionary.hook.site != "mlp_hidden"
+        and dictionary.autoencoder.d_in != model.d_model
+        or dictionary.layer > model.num_layers
+    ):
         raise ModelError(
             f"sae.path: {where} reads block {dictionary.layer} of width {dictionary.autoencoder.d_in}; "
             f"'{model.path}' has {model.num_layers} blocks of width {model.d_model}"

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,13 @@ from finescope.config import SaeSection
 from finescope.errors import StepFailed
 from finescope.runners.base import Progress
 from finescope.sae.autoencoder import SparseAutoencoder
-from finescope.sae.fvu import FvuMeter
 from finescope.sae.group import Group
-from finescope.sae.metrics import LatentStatistics
+from finescope.sae.metrics import DictionaryMeter
 from finescope.sae.stream import ActivationStream, ShuffleBuffer
 from finescope.sae.trainer import Trainer, flat, starting_directions
 
-# Activations that are held out at most, and at a time when they are measured.
-HELD_OUT, _MEASURED = 16_384, 2048
+# Activations that are held out at most.
+HELD_OUT = 16_384
 _STATE = "state.safetensors"
 _TOO_FEW = "the corpus has too few tokens to train the autoencoder: at least 4 activations are needed"
 
@@ -54,9 +53,9 @@ class FitPlan:
 class FitResult:
     """A trained dictionary and what was measured."""
 
-    weights: dict[str, Tensor]  # of an autoencoder, but for `coordinates` and `basis`
-    fvu: float  # of the held-out activations, over the whole of them, in standardised units
-    statistics: LatentStatistics = field(repr=False)  # of the same
+    autoencoder: SparseAutoencoder  # on the columns of the stream that it sees
+    held_out: DictionaryMeter = field(repr=False)  # of the activations that were held out, all of them
+    held_out_tokens: int
     dead_share: float  # of the latents, silent for the last `dead_after_tokens` of training
     trained_tokens: int  # different activations
     history: list[tuple[int, str, float]] = field(repr=False)  # training step; fvu, l0 or dead_share; value
@@ -98,9 +97,7 @@ class _Fit:
         self.mine = range(self.group.rank, self.workers, self.group.size)  # the shares of this process
         chunks = range(plan.held_out, plan.chunks)
         rows = max(2, min(plan.buffer_rows, main.num_tokens) // self.workers)
-        self.buffers = [
-            ShuffleBuffer(stream, chunks[share :: self.workers], rows, plan.width, device) for share in self.mine
-        ]
+        self.buffers = [ShuffleBuffer(stream, chunks[share :: self.workers], rows, plan.width, device) for share in self.mine]
         self.trainers: list[Trainer] = []
         self.scaling: _Scaling | None = None
         self.fills = self.trained = 0  # activations trained on, of all shares
@@ -113,7 +110,7 @@ class _Fit:
             self._checkpoint()
         for buffer in self.buffers:
             buffer.close()
-        return [self._result(number) for number in range(len(self.trainers))] if self.group.rank == 0 else []
+        return self._results() if self.group.rank == 0 else []
 
     def _train_fill(self) -> bool:
         """Fill the buffers and use them up; whether that was the last time."""
@@ -151,6 +148,8 @@ class _Fit:
                         trainer.accumulate(batch[:, start:stop], self.workers)
                     trainer.step(self.group, total)
                 self.progress(sum(len(batch) for batch in batches))
+        for trainer in self.trainers:
+            trainer.record(self.group)
 
     def _order(self, rows: int, share: int, epoch: int) -> Tensor:
         """A permutation drawn from what names it: nothing random goes from one fill to the next."""
@@ -187,8 +186,6 @@ class _Fit:
         if self.plan.checkpoints is None:
             return
         assert self.scaling is not None
-        for trainer in self.trainers:
-            trainer.check_finite(self.group)
         places = [number for buffer in self.buffers for number in (buffer.chunk, buffer.offset)]
         cursors = self.group.all_rows(places, self.device)
         states = [trainer.state() for trainer in self.trainers]
@@ -234,7 +231,41 @@ class _Fit:
         self.progress(self.trained * (1 + main.epochs) // self.group.size)
         return self.trained >= main.num_tokens or not self._least([int(not buffer.ended()) for buffer in self.buffers])
 
+    @torch.no_grad()
+    def _results(self) -> list[FitResult]:
+        """Fold the standardisation into the weights and measure them on the activations that are held out."""
+        assert self.scaling is not None
+        autoencoders = []
+        for trainer, (start, stop) in zip(self.trainers, self.plan.columns, strict=True):
+            weights = trainer.folded(self.scaling.mean[start:stop], self.scaling.scale[start:stop])
+            weights["coordinates"] = torch.arange(stop - start, device=self.device)
+            section = trainer.section
+            autoencoders.append(SparseAutoencoder(weights, architecture=section.architecture, k=section.k, d_in=stop - start))
+        meters = [DictionaryMeter(autoencoder) for autoencoder in autoencoders]
+        count = 0
+        for chunk in self.stream(0, self.plan.held_out, 1):
+            part = torch.tensor(chunk[: HELD_OUT - count]).to(self.device)
+            count += len(part)
+            for meter, (start, stop) in zip(meters, self.plan.columns, strict=True):
+                meter.update(part[:, start:stop])
+            if count == HELD_OUT:
+                break
+        if count < 2:
+            raise StepFailed(_TOO_FEW)
+        if not all(math.isfinite(meter.fvu) for meter in meters):
+            raise StepFailed("the activations that are held out are all equal: the corpus is too small or all the same")
+        return [
+            FitResult(autoencoder, meter, count, trainer.dead().float().mean().item(), self.trained, trainer.history)
+            for autoencoder, meter, trainer in zip(autoencoders, meters, self.trainers, strict=True)
+        ]
+
     def _identity(self) -> str:
         described = [section.model_dump_json() for section in self.plan.sections]
         words = [self.plan.identity, *described, str(self.plan.columns), str(self.plan.chunks), str(self.plan.held_out)]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _squares(data: Tensor, mean: Tensor) -> Tensor:
+    """Sum over the rows of [n, C] of the squared distance to `mean` [C], float64; in parts, as float64 takes twice the memory."""
+    parts = [(part.double() - mean).square().sum(0) for part in data.split(16_384)]
+    return torch.stack(parts).sum(0)

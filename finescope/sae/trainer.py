@@ -114,13 +114,13 @@ class Trainer:
         return {name: tensor.detach() for name, tensor in {**raw, "threshold": threshold}.items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that a training goes on from: tensors, and what JSON takes."""
+        """Everything that a training goes on from, right after `record`: tensors, and what JSON takes."""
         tensors: dict[str, Tensor] = {}
         for name, weight in self.weights.named().items():
             tensors[name] = weight.detach()
             for moment in _MOMENTS:
                 tensors[f"{moment}.{name}"] = self._optimiser.state[weight][moment]
-        tensors |= {"silent_tokens": self.silent_tokens, "batch_threshold": self.batch_threshold, "window": self._window}
+        tensors |= {"silent_tokens": self.silent_tokens, "batch_threshold": self.batch_threshold}
         return tensors, {"steps": self.steps, "history": self.history}
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -136,7 +136,6 @@ class Trainer:
                 }
             self.silent_tokens.copy_(tensors["silent_tokens"])
             self.batch_threshold.copy_(tensors["batch_threshold"])
-            self._window.copy_(tensors["window"])
         self.steps = record["steps"]
         self.history = [(step, name, value) for step, name, value in record["history"]]
 
