@@ -43,7 +43,7 @@ class DictionaryMeter:
 
 
 def metric_rows(
-    dictionary: str, meter: DictionaryMeter, cross_entropy: CrossEntropy | None, stability: Stability | None
+    dictionary: str, meter: DictionaryMeter | None, cross_entropy: CrossEntropy | None, stability: Stability | None
 ) -> list[tuple[str, float]]:
     """(name, value) of what was measured of a dictionary, for the table `metrics`.
 
@@ -51,13 +51,15 @@ def metric_rows(
         dictionary: `naming.MAIN`, or the name of a variant, which goes before each of the names.
         stability: against another seed's dictionary, where there is one.
     """
-    statistics = meter.statistics
-    values = {
-        "fvu": meter.fvu,
-        "l0": statistics.l0,
-        "dead_share": statistics.dead_share,
-        "dense_share": statistics.dense_share,
-    }
+    values: dict[str, float] = {}
+    if meter is not None:
+        statistics = meter.statistics
+        values |= {
+            "fvu": meter.fvu,
+            "l0": statistics.l0,
+            "dead_share": statistics.dead_share,
+            "dense_share": statistics.dense_share,
+        }
     if cross_entropy is not None:
         values |= {
             "ce_base": cross_entropy.base,

@@ -15,6 +15,7 @@ from finescope.sae.autoencoder import SparseAutoencoder
 from finescope.sae.dictionary import Dictionary, save_dictionary
 from finescope.sae.extract import SiteColumns, activations_of
 from finescope.sae.fit import FitPlan, FitResult, fit
+from finescope.sae.metrics import metric_rows
 from finescope.sae.naming import MAIN
 from finescope.sae.statistics import latents_table
 
@@ -58,7 +59,7 @@ def train(job: TrainingJob, stream: TableStream, progress: Progress) -> None:
         save_dictionary(dictionary_uri(job.uri, job.names[number]), dictionary)
         table = latents_table(job.names[number], result.held_out.statistics)
         size = storage.put_parquet(storage.join(job.uri, "latents", f"part-{number:06d}.parquet"), table)
-        records.append({**_facts(dictionary, result), "name": job.names[number], "latents_bytes": size})
+        records.append({**_facts(job.names[number], dictionary, result), "latents_bytes": size})
     ended = datetime.datetime.now(datetime.UTC).isoformat()
     storage.put_json(storage.join(job.uri, TRAINED), {"dictionaries": records, "ended": ended})
 
@@ -82,9 +83,10 @@ def _dictionary(job: TrainingJob, number: int, result: FitResult) -> Dictionary:
     )
 
 
-def _facts(dictionary: Dictionary, result: FitResult) -> dict[str, Any]:
+def _facts(name: str, dictionary: Dictionary, result: FitResult) -> dict[str, Any]:
     autoencoder = dictionary.autoencoder
     return {
+        "name": name,
         "layer": dictionary.layer,
         "site": dictionary.hook.site,
         "architecture": autoencoder.architecture,
@@ -98,4 +100,5 @@ def _facts(dictionary: Dictionary, result: FitResult) -> dict[str, Any]:
         "tokens": result.trained_tokens,
         "held_out_tokens": result.held_out_tokens,
         "history": result.history,
+        "metrics": metric_rows(name, result.held_out, None, None),
     }

@@ -21,12 +21,16 @@ from finescope.sae.extract import Extractor, SiteColumns
 from finescope.sae.fit import FitPlan, work_units
 from finescope.sae.naming import MAIN, metric_name
 from finescope.sae.train import TRAINED, TrainingJob, dictionary_uri, train
-from finescope.stages.references import limited_units, memory_bytes, model_of, write_table
-from finescope.stages.sae_measures import adopt, choose, recovered, stabilities
+from finescope.stages.references import PROCESS_BYTES, limited_units, memory_bytes, model_of, write_table
+from finescope.stages.sae_coordinates import choose
+from finescope.stages.sae_measures import DocumentSet, adopted, recovered, stabilities
 from finescope.steps import Outcome, StepInput
 
 # Of the chunks this share, and so many at most, are measured on and never trained on.
 _HELD_OUT_SHARE, _HELD_OUT_CHUNKS = 0.05, 4
+
+# Of what is recorded about a dictionary; too long for a manifest, or in a table.
+_NO_FACTS = ("name", "history", "metrics", "latents_bytes")
 
 Rows = list[tuple[str, float, str]]  # name, value, time of the table `metrics`
 
@@ -52,16 +56,20 @@ def sae(context: Context, corpus: CorpusSection, section: SaeSection, step: Step
     """
     model = model_of(step["model"])
     documents = _documents(step, corpus, section)
+    given = DocumentSet(model, corpus, section.max_tokens, tuple(documents.held_out))
     tables: dict[str, tuple[TableFile, ...]] = {}
     if section.path is not None:
-        facts, rows = _adopt(context, model, corpus, section, documents, step.uri)
-        sections = (section,)
+        facts, rows = adopted(context, given, section.path, step.uri)
+        names = (MAIN,)
     else:
         facts, rows, tables["latents"] = _train(context, model, corpus, section, documents, step)
-        sections = section.dictionaries()
-    rows += _measured(context, model, corpus, section, sections, documents, step.uri)
+        names = (MAIN, *(variant.name for variant in section.variants))
+    uris = {name: dictionary_uri(step.uri, name) for name in names}
+    late = recovered(context, given, section.recovery_documents, uris) + stabilities(section, uris)
+    ended = datetime.datetime.now(datetime.UTC).isoformat()
+    rows += [(name, value, ended) for name, value in late]
+    facts["measures"] = dict(late)
     table = _metrics(rows)
-    facts |= {name: value for name, value, _ in rows if name.startswith(("ce_", "stab"))}
     tables = {"metrics": write_table(step.uri, "metrics", table), **tables}
     return Outcome(table.num_rows, table.num_rows, 0, tables, facts)
 
@@ -109,30 +117,45 @@ def _train(
             int(section.buffer_mib * 2**20),
         )
         with context.reporter.task("sae: training", work_units(section), "tokens") as progress:
-            context.runner.train_on_stream(train, (job,), source, section.workers, progress, _resources(plan))
+            context.runner.train_on_stream(train, (job,), source, section.workers, progress, _resources(plan, section.workers))
     record = storage.read_json(record_uri)
     storage.delete(storage.join(step.uri, "checkpoints"))
-    return _results(record, names, section)
+    return _results(record, names)
 
 
-def _results(record: dict[str, Any], names: Iterable[str], section: SaeSection) -> tuple[dict[str, Any], Rows, tuple[TableFile, ...]]:
+def _results(record: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], Rows, tuple[TableFile, ...]]:
     """Facts, rows of `metrics` and files of `latents` of what the processes that trained have left."""
     found = {entry["name"]: entry for entry in record["dictionaries"]}
     rows: Rows = []
-    for name in names:
+    files = []
+    facts: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(names):
         entry = found[name]
         # Rows keep the order of the training; its step is not a column of `metrics`, `history_steps` tells of it.
         rows += [(metric_name(name, figure), value, record["ended"]) for _, figure, value in entry["history"]]
-        rows += [(metric_name(name, f"held_out_{figure}"), entry[figure], record["ended"]) for figure in ("fvu", "l0", "dense_share")]
-    main = {key: value for key, value in found[MAIN].items() if key not in ("history", "name", "latents_bytes")}
-    main["history_steps"] = sorted({number for number, _, _ in found[MAIN]["history"]})
-    main["variants"] = {
-        name: {key: value for key, value in entry.items() if key not in ("history", "name", "latents_bytes", "coordinates")}
-        for name, entry in found.items()
-        if name != MAIN
-    }
-    files = tuple(
-        TableFile(path=f"latents/part-{number:06d}.parquet", rows=found[name]["num_latents"], bytes=found[name]["latents_bytes"])
-        for number, name in enumerate(names)
-    )
-    return main, rows, files
+        rows += [(figure, value, record["ended"]) for figure, value in entry["metrics"]]
+        path = f"latents/part-{number:06d}.parquet"
+        files.append(TableFile(path=path, rows=entry["num_latents"], bytes=entry["latents_bytes"]))
+        facts[name] = {key: value for key, value in entry.items() if key not in _NO_FACTS}
+        facts[name]["history_steps"] = sorted({step for step, _, _ in entry["history"]})
+    return {**facts.pop(MAIN), "variants": facts}, rows, tuple(files)
+
+
+def _metrics(rows: Rows) -> pa.Table:
+    listed = [
+        {"step": "sae", "name": name, "value": value, "time": datetime.datetime.fromisoformat(time)} for name, value, time in rows
+    ]
+    return pa.Table.from_pylist(listed, schema=schemas.METRICS)
+
+
+def _resources(plan: FitPlan, workers: int) -> Resources:
+    """Of a process that trains: buffers, weights with gradient and moments, and the activations of a step."""
+    batch = plan.sections[0].batch_tokens // workers
+    held = 0
+    for section, (start, stop) in zip(plan.sections, plan.columns, strict=True):
+        held += 4 * 4 * 2 * section.num_latents * (stop - start) + 3 * 4 * batch * section.num_latents
+    return Resources(memory_bytes=PROCESS_BYTES + held + 4 * plan.buffer_rows * plan.width // workers)
+
+
+def _identity(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
