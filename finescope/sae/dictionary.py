@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from finescope import storage
 from finescope.errors import ModelError
-from finescope.models.hooks import HookPoint
+from finescope.models.hooks import HookPoint, Site
 from finescope.models.load import ModelReference
 from finescope.sae.autoencoder import Architecture, SparseAutoencoder, weight_shapes
 
@@ -43,7 +43,7 @@ class _Record(BaseModel):
 
     format_version: Literal[1]
     layer: int
-    site: Literal["residual"]
+    site: Site
     module: str | None = None  # where it was read, for people
     architecture: Architecture
     k: int
