@@ -131,8 +131,8 @@ def check_belongs(dictionary: Dictionary, model: ModelReference) -> None:
     """
     where = f"the dictionary of '{dictionary.model_path}'"
     if (
-        dictionary.hook.site != "mlp_hidden"
-        and dictionary.autoencoder.d_in != model.d_model
+        (dictionary.hook.site != "mlp_hidden"
+        and dictionary.autoencoder.d_in != model.d_model)
         or dictionary.layer > model.num_layers
     ):
         raise ModelError(
