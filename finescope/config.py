@@ -86,6 +86,11 @@ class SaeVariant(Section):
     learning_rate: float | None = Field(default=None, gt=0.0)
     seed: Seed | None = Field(default=None, description="another seed alone: how stable the latents are is measured")
 
+    @property
+    def name(self) -> str:
+        """What it is called in files and tables: all that is different, such as `num_latents-16384-k-64`."""
+        return "-".join(f"{key}-{value}" for key, value in self.model_dump(exclude_none=True).items())
+
 
 class SaeSection(Section):
     """The sparse autoencoder."""
@@ -108,13 +113,18 @@ class SaeSection(Section):
     num_tokens: int = Field(default=2_000_000, ge=1, description="activations trained on, in all")
     max_tokens: int = Field(default=512, ge=2, description="tokens of a document that are read, counted from its start")
     batch_tokens: int = Field(default=2048, ge=1, description="activations a training step, over all workers")
-    buffer_mib: int = Field(default=256, ge=1, description="memory of the shuffle buffer; a checkpoint is kept each time it is used up")
+    buffer_mib: int = Field(
+        default=256, ge=1, description="memory of the shuffle buffer; a checkpoint is kept each time it is used up"
+    )
     epochs: int = Field(default=1, ge=1, description="passes over each filled shuffle buffer")
     learning_rate: float = Field(default=1e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")
     warmup_share: Share = Field(default=0.05, description="of the training steps, in which the learning rate rises")
     decay_share: Share = Field(default=0.3, description="of the training steps, in which it falls to zero")
     workers: int = Field(default=1, ge=1, description="processes that train together, each on its share of a step's activations")
     variants: tuple[SaeVariant, ...] = Field(default=(), description="more dictionaries, trained in the same pass")
+    recovery_documents: int = Field(
+        default=32, ge=0, description="held-out documents on which the model's loss with the reconstruction spliced in is measured"
+    )
     cache: bool = Field(default=False, description="keep the activations beside the run, for another training on them")
     seed: Seed = 0
     path: str | None = Field(
@@ -128,6 +138,9 @@ class SaeSection(Section):
             if k > num_latents:
                 where = f"variants.{number - 1}: " if number else ""
                 raise ValueError(f"{where}k ({k}) is larger than num_latents ({num_latents})")
+        names = [variant.name for variant in self.variants]
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError("variants: each must differ from the main dictionary and from the others")
         return self
 
     def dictionaries(self) -> tuple["SaeSection", ...]:

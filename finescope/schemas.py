@@ -63,6 +63,18 @@ REWRITES = pa.schema(
         ("reason", pa.string()),
     ]
 )
+# A row a latent of each dictionary: `dictionary` is "main" or a variant's name, `active` counts the activations of the set
+# that was measured on which the latent is active; mean and largest activation, where it is, are null where it never is.
+LATENTS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("latent", pa.int32()),
+        ("active", pa.int64()),
+        ("frequency", pa.float64()),
+        ("mean_activation", pa.float32()),
+        ("max_activation", pa.float32()),
+    ]
+)
 METRICS = pa.schema(
     [("step", pa.string()), ("name", pa.string()), ("value", pa.float64()), ("time", pa.timestamp("us", tz="UTC"))]
 )

@@ -13,6 +13,7 @@ from finescope.manifest import Manifest, manifest_of, read_manifest, require_run
 _SCHEMAS = {
     "documents": schemas.DOCUMENTS,
     "embeddings": schemas.EMBEDDINGS,
+    "latents": schemas.LATENTS,
     "scores": schemas.SCORES,
     "curated": pa.schema([*schemas.CURATED_HEAD, *schemas.CURATED_TAIL]),
     "rejects": schemas.REJECTS,

@@ -22,6 +22,8 @@ Weighting = Literal["none", "idf", "centred", "contrast"]
 TOP_LATENTS = 8
 # Ridge of `contrast`, as a share of the mean variance of a latent.
 _RIDGE = 1.0
+# Roots of codes have unit norm in float32: a difference of two below it is rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class Scorer:
         if weighting in ("centred", "contrast"):
             dense -= self._mean
         if weighting == "contrast":
-            dense = dense.mean(axis=0, keepdims=True) * self._precision
+            dense = dense.mean(axis=0, keepdims=True)
+        if weighting in ("centred", "contrast"):
+            # Where seeds are the corpus's mean there is no direction; what float32 leaves of one would become a reason.
+            dense[np.abs(dense) < _ROUNDING] = 0.0
+        if weighting == "contrast":
+            dense *= self._precision
         norms = np.linalg.norm(dense, axis=1, keepdims=True)
         self._directions = np.divide(dense, norms, out=np.zeros_like(dense), where=norms > 0).T  # [num_latents, S]
         self._seed_roots = self._transform(seeds).dense().astype(np.float64)  # for the nearest seed under `contrast`

@@ -9,13 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from finescope.corpus.tokenise import length_batches, pad_batch
-from finescope.errors import ModelError
+from finescope.models.likelihood import check_logits, token_nll
 from finescope.runners.base import Progress
-
-# Logits of so many bytes (float32) exist at a time: a batch of a 150,000-word vocabulary would need gigabytes.
-_LOGIT_BYTES = 64 * 2**20
-# Families that change the logits after the output embedding; none of them is in the table of anatomies.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -35,9 +30,9 @@ def perplexity(model: PreTrainedModel, batches: Sequence[tuple[np.ndarray, np.nd
     The first token of a document has no prediction and padding none either. `progress` is told of documents done.
 
     Raises:
-        ModelError: the family changes its logits after the output embedding.
+        ModelError: the family changes its logits in a way that is not known.
     """
-    _check_logits(model)
+    check_logits(model)
     was_training = model.training
     model.eval()
     nll: list[np.ndarray] = []
@@ -85,25 +80,6 @@ def _document_nll(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> 
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, d]
     hidden = hidden[:, :-1][predicted.to(device)]  # [N, d], N predicted tokens, document after document
     targets = tokens[:, 1:][predicted.to(device)]  # [N]
-    token_nll = _token_nll(model, hidden, targets).double().cpu().numpy()  # [N]
+    target_nll = token_nll(model, hidden, targets).double().cpu().numpy()  # [N]
     document = np.repeat(np.arange(len(ids)), counts)  # [N]
-    return np.bincount(document, weights=token_nll, minlength=len(ids)), counts
-
-
-def _token_nll(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p(target) float32 [N] from last hidden states [N, d], some tokens at a time."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Module), "a causal language model has output embeddings"
-    chunk = max(1, _LOGIT_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
-    parts = [
-        torch.nn.functional.cross_entropy(head(part).float(), target, reduction="none")
-        for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _check_logits(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
-    changes = [name for name in _LOGIT_CHANGES if getattr(config, name, None) not in (None, 1.0)]
-    if changes:
-        raise ModelError(f"perplexity of a '{config.model_type}' with {', '.join(changes)} is not supported")
+    return np.bincount(document, weights=target_nll, minlength=len(ids)), counts

@@ -14,6 +14,9 @@ _SANDWICH = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ACTIVATION = ("mlp.act_fn",)
 _EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn")
+# The first thing that pruning lacks for a family.
+_FUSED = "query, key and value are one fused map"
+_POST_NORMS = "the re-fit knows no norms after attention and MLP"
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ class Anatomy:
 
 
 def _mixture(family: str, others: tuple[str, ...]) -> Anatomy:
-    reason = "a mixture of experts: its experts are not groups of the pruner yet"
-    return Anatomy(family, experts="mlp.experts", others=others + _EXPERTS, unprunable=reason)
+    return Anatomy(family, experts="mlp.experts", others=others + _EXPERTS, unprunable="experts are no groups of the pruner")
 
 
 _TABLE = (
@@ -87,24 +89,24 @@ _TABLE = (
     Anatomy(
         "gemma2",
         others=_SANDWICH + _ACTIVATION,
-        unprunable="its norms after attention and MLP stand between the pruned maps and the stream that the re-fit restores",
+        unprunable=_POST_NORMS,
     ),
     Anatomy(
         "gemma3_text",
         others=_SANDWICH + _ACTIVATION + _HEAD_NORMS,
-        unprunable="its norms after attention and MLP stand between the pruned maps and the stream that the re-fit restores",
+        unprunable=_POST_NORMS,
     ),
     Anatomy(
         "phi3",
         qkv=("self_attn.qkv_proj",),
         expand=("mlp.gate_up_proj",),
         others=(*_NORMS, "mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"),
-        unprunable="query, key and value are one fused map, and so are gate and up",
+        unprunable=_FUSED,
     ),
     Anatomy(
         "olmo2",
         others=("post_attention_layernorm", "post_feedforward_layernorm", *_ACTIVATION, *_HEAD_NORMS),
-        unprunable="its query and key norms go over all heads at once, so that no head can leave alone",
+        unprunable="its query and key norms go over all heads at once",
     ),
     Anatomy(
         "gpt2",
@@ -117,7 +119,7 @@ _TABLE = (
         expand=("mlp.c_fc",),
         down="mlp.c_proj",
         others=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
-        unprunable="query, key and value are one fused map, and its MLP has no gate",
+        unprunable=_FUSED,
     ),
     Anatomy(
         "gpt_neox",
@@ -130,7 +132,7 @@ _TABLE = (
         expand=("mlp.dense_h_to_4h",),
         down="mlp.dense_4h_to_h",
         others=(*_NORMS, "mlp.act", "post_attention_dropout", "post_mlp_dropout"),
-        unprunable="query, key and value are one fused map, its MLP has no gate, and it may run beside the attention",
+        unprunable=_FUSED,
     ),
     _mixture("mixtral", _NORMS),
     _mixture("qwen3_moe", _NORMS + _ACTIVATION + _HEAD_NORMS),

@@ -95,7 +95,8 @@ def values_of_embeddings(model: PreTrainedModel, embeddings: Tensor, attention_m
     Returns:
         [B, T, width].
     """
-    return _values(model, (hook,), {"inputs_embeds": embeddings, "attention_mask": attention_mask})[0]
+    with _differentiable_experts(model):
+        return _values(model, (hook,), {"inputs_embeds": embeddings, "attention_mask": attention_mask})[0]
 
 
 @contextmanager
@@ -118,6 +119,20 @@ def spliced(model: PreTrainedModel, hook: HookPoint, replace: Callable[[Tensor],
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _differentiable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Run a mixture of experts one expert at a time: the grouped product has no forward-mode rule."""
+    if family_of(model).experts is None:
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 class _Reached(Exception):

@@ -30,6 +30,21 @@ class Resources:
     accelerator: bool = True  # whether a GPU helps
 
 
+# Results of the units start, start + step, ... below stop, in order.
+TableStream = Callable[[int, int, int], Iterator[pa.Table]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Work whose results a training uses up while it goes on: `worker(*arguments)` is applied to each row of `units`."""
+
+    worker: Callable[..., TableWorker]
+    arguments: tuple[Any, ...]
+    units: pa.Table
+    resources: Resources
+    bytes_ahead: int  # results that may wait for each process of the training, about
+
+
 class Runner(Protocol):
     """Where the work runs: `local` is one process and the reference, `ray` a cluster. Results are the same."""
 
@@ -56,6 +71,22 @@ class Runner(Protocol):
         """Run `loop(*arguments, engine_factory, progress)` on every worker of a training group.
 
         The loop keeps its own checkpoints on storage, so that the same call after a crash goes on where it was.
+        """
+        ...
+
+    def train_on_stream(
+        self,
+        loop: Callable[..., None],
+        arguments: tuple[Any, ...],
+        source: Source,
+        workers: int,
+        progress: Progress,
+        resources: Resources,
+    ) -> None:
+        """Run `loop(*arguments, stream, progress)` on every one of `workers` processes of a training group, or on one.
+
+        `stream` is a `TableStream` of the results of `source`, which are computed while the loop runs, on as many workers
+        as there are. The loop keeps its own checkpoints on storage, as for `train`.
         """
         ...
 

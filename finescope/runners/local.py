@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from finescope.distillation.engine import PlainEngine
-from finescope.runners.base import Progress, Resources, Result, TableWorker
+from finescope.runners.base import Progress, Resources, Result, Source, TableWorker
 
 
 class LocalRunner:
@@ -35,6 +35,26 @@ class LocalRunner:
     ) -> None:
         """See `Runner.train`. One process has nothing to shard: the plain engine, whatever the ZeRO stage."""
         loop(*arguments, PlainEngine, progress)
+
+    def train_on_stream(
+        self,
+        loop: Callable[..., None],
+        arguments: tuple[Any, ...],
+        source: Source,
+        workers: int,
+        progress: Progress,
+        resources: Resources,
+    ) -> None:
+        """See `Runner.train_on_stream`. This process is all of the group, and computes what it is about to use."""
+        worker: list[TableWorker] = []
+
+        def stream(start: int, stop: int, step: int) -> Iterator[pa.Table]:
+            for index in range(start, stop, step):
+                if not worker:
+                    worker.append(source.worker(*source.arguments))
+                yield worker[0](source.units.slice(index, 1))
+
+        loop(*arguments, stream, progress)
 
     def close(self) -> None:
         """Nothing was started."""

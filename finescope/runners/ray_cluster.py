@@ -16,7 +16,7 @@ import ray.exceptions
 from finescope.config import ComputeSection
 from finescope.errors import ResourceError
 from finescope.runners import ray_data, ray_train
-from finescope.runners.base import Progress, Reporter, Resources, Result, TableWorker
+from finescope.runners.base import Progress, Reporter, Resources, Result, Source, TableWorker
 
 # What every worker of the run sees, on every node.
 _WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -76,7 +76,36 @@ class RayRunner:
         if workers == "auto":
             workers = int(self._gpus) or min(2, int(ray.cluster_resources().get("CPU", 1)))
         with _plain_errors():
-            ray_train.train(loop, arguments, progress, resources, workers, bool(self._gpus), zero_stage)
+            per_worker = {"CPU": 1.0, "GPU": 1.0} if self._gpus else {"CPU": 1.0}
+            ray_train.train(loop, arguments, progress, resources, workers, per_worker, zero_stage)
+
+    def train_on_stream(
+        self,
+        loop: Callable[..., None],
+        arguments: tuple[Any, ...],
+        source: Source,
+        workers: int,
+        progress: Progress,
+        resources: Resources,
+    ) -> None:
+        """See `Runner.train_on_stream`.
+
+        Each process has a pool of actors of its own, which grows as for `map`. Where the cluster has too few CPUs or GPUs
+        for a whole one for each process and each pool, all of them take half a one.
+        """
+        options = self._options(source.resources)
+        cpu = _part("CPU", workers, "sae.workers")
+        per_worker = {"CPU": cpu}
+        options["num_cpus"] = min(options["num_cpus"], cpu)
+        if self._gpus:
+            per_worker["GPU"] = _part("GPU", workers, "sae.workers")
+            options["num_gpus"] = min(options["num_gpus"], per_worker["GPU"])
+        stated = self._compute.actors
+        # The pool's least is one: more may not fit beside what trains.
+        actors = (1, max(source.units.num_rows, 1) if stated == "auto" else max(1, stated // workers))
+        stream = ray_data.UnitStream(source, actors, options)
+        with _plain_errors():
+            ray_train.train(_Streamed(loop), (*arguments, stream), progress, resources, workers, per_worker, 0)
 
     def close(self) -> None:
         """Shut down the session where this runner began it; a cluster that was joined stays."""
@@ -99,6 +128,29 @@ class RayRunner:
         stated = self._compute.memory_per_actor_gb
         memory = int(stated * 1e9) if stated else resources.memory_bytes
         return {**options, "memory": memory} if memory else options
+
+
+class _Streamed:
+    """A loop that takes a stream, as a loop that takes an engine, for which it has no use."""
+
+    def __init__(self, loop: Callable[..., None]) -> None:
+        self._loop = loop
+
+    def __call__(self, *arguments: Any) -> None:
+        *given, _engine_factory, progress = arguments
+        self._loop(*given, progress)
+
+
+def _part(kind: str, workers: int, key: str) -> float:
+    """How much of a CPU or GPU each of `workers` processes, and each of as many pools of actors, may take: 1 or 0.5.
+
+    Raises:
+        ResourceError: not even that is there.
+    """
+    there = float(ray.cluster_resources().get(kind, 0))
+    if there < workers:
+        raise ResourceError(f"{key}: {workers} processes need as many {kind}s; the cluster has {there:g}")
+    return 1.0 if there >= 2 * workers else 0.5
 
 
 class _plain_errors:

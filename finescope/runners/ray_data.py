@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data import ExecutionResources
 from ray.util.queue import Empty, Queue
 
-from finescope.runners.base import Progress, Result, TableWorker
+from finescope.runners.base import Progress, Result, Source, TableWorker
 
 # Loading a large model takes minutes, in which Ray Data sees no progress.
 _NO_PROGRESS_TIMEOUT_S = 3600
@@ -26,16 +27,20 @@ def map_units(
     units: pa.Table,
     actors: tuple[int, int],
     options: dict[str, Any],
+    bytes_ahead: int | None = None,
 ) -> Iterator[pa.Table]:
     """Apply `worker(*arguments)` to each row of `units` on a pool of `actors` (least, most), in any order.
 
-    `options` are an actor's resources: num_cpus, num_gpus, memory (bytes).
+    `options` are an actor's resources: num_cpus, num_gpus, memory (bytes). With `bytes_ahead` the results come in the order
+    of the units, and about so many bytes of them may wait in Ray's object store.
     """
     if units.num_rows == 0:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
+    context.execution_options.preserve_order = bytes_ahead is not None
+    limits = ExecutionResources(object_store_memory=bytes_ahead) if bytes_ahead else ExecutionResources()
+    context.execution_options.resource_limits = limits
     context.wait_for_min_actors_s = _NO_PROGRESS_TIMEOUT_S
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
@@ -56,6 +61,20 @@ def map_units(
         if _FAILURE in record.column_names:
             raise pickle.loads(record.column(_FAILURE)[0].as_py())
         yield record
+
+
+class UnitStream:
+    """A `TableStream` that any process of the cluster can be sent: it has a pool of actors for as long as it is read."""
+
+    def __init__(self, source: Source, actors: tuple[int, int], options: dict[str, Any]) -> None:
+        """`actors` (least, most) and their `options`, as for `map_units`."""
+        self._source, self._actors, self._options = source, actors, options
+
+    def __call__(self, start: int, stop: int, step: int) -> Iterator[pa.Table]:
+        """See `TableStream`."""
+        source = self._source
+        units = source.units.take(pa.array(range(start, stop, step), pa.int64()))
+        return map_units(source.worker, source.arguments, units, self._actors, self._options, source.bytes_ahead)
 
 
 def _quiet() -> None:

@@ -33,12 +33,12 @@ def train(
     progress: Progress,
     resources: Resources,
     workers: int,
-    gpus: bool,
+    per_worker: dict[str, float],
     zero_stage: int,
 ) -> None:
     """Run `loop(*arguments, engine_factory, progress)` on `workers` processes that train together; see `Runner.train`.
 
-    Each has a GPU where `gpus`, else a CPU. `zero_stage` 0 is the plain engine, 1 to 3 DeepSpeed's. What rank 0 tells
+    Each has the CPUs and GPUs of `per_worker`. `zero_stage` 0 is the plain engine, 1 to 3 DeepSpeed's. What rank 0 tells
     `progress` is told here while it trains; steps that are done again after a failure are told once.
 
     Raises:
@@ -50,16 +50,15 @@ def train(
     relay: Any = _Relay.options(num_cpus=0).remote()  # pyright: ignore[reportAttributeAccessIssue]
     # Ray Train keeps nothing of ours there: checkpoints are the loop's own. It wants a place to write all the same.
     scratch = tempfile.mkdtemp(prefix="finescope-train-")
-    per_worker: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-    if resources.memory_bytes:
-        per_worker["memory"] = resources.memory_bytes
+    gpus = "GPU" in per_worker
+    memory = {"memory": float(resources.memory_bytes)} if resources.memory_bytes else {}
     trainer = TorchTrainer(
         _work,
         train_loop_config={"call": (loop, arguments), "relay": relay, "zero_stage": zero_stage},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=per_worker),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={**per_worker, **memory}),
         run_config=RunConfig(
-            name="distill",
+            name="training",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=_MAX_FAILURES),
             # Before the process imports anything: transformers imports DeepSpeed, which looks for a GPU at once.

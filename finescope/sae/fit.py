@@ -1,229 +1,271 @@
-"""Training of a sparse autoencoder on a stream of activations (METHOD 2), on standardised coordinates."""
+"""Training of dictionaries on a stream of activations (METHOD 2): several at once, by one process or several, resumable."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 
+from finescope import checkpoints
 from finescope.config import SaeSection
 from finescope.errors import StepFailed
 from finescope.runners.base import Progress
-from finescope.sae.autoencoder import SparseAutoencoder, fold
-from finescope.sae.fvu import FvuMeter
-from finescope.sae.stream import Fill, fill_buffers
+from finescope.sae.autoencoder import SparseAutoencoder
+from finescope.sae.group import Group
+from finescope.sae.metrics import DictionaryMeter
+from finescope.sae.stream import ActivationStream, ShuffleBuffer
+from finescope.sae.trainer import Trainer, flat, starting_directions
 
-_HELD_OUT_SHARE, _HELD_OUT_MAX = 0.05, 16_384
-# The encoder starts as a share of the decoder's transpose: at 1 the k latents that win overlap and overshoot.
-_ENCODER_START = 0.3
-_WARMUP_SHARE, _DECAY_SHARE = 0.05, 0.3
-# Through a dead latent's ReLU a share of the gradient passes, or one that is negative everywhere could never revive.
-_DEAD_SLOPE = 0.1
-_RECORDS = 50  # of the history, over the whole training
+# Activations that are held out at most.
+HELD_OUT = 16_384
+_STATE = "state.safetensors"
+_TOO_FEW = "the corpus has too few tokens to train the autoencoder: at least 4 activations are needed"
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What is trained on what."""
+
+    sections: tuple[SaeSection, ...]  # of each dictionary; the first one's says what all share
+    columns: tuple[tuple[int, int], ...]  # of each dictionary: the columns of the stream that it sees, from and to
+    chunks: int  # of the stream
+    held_out: int  # of these the first, which are measured on and never trained on
+    checkpoints: str | None  # URI of a directory of this training's own; None: none are kept
+    identity: str = ""  # of the stream: what a checkpoint must share with the training that goes on from it
+
+    @property
+    def width(self) -> int:
+        """Columns of the stream."""
+        return max(stop for _, stop in self.columns)
+
+    @property
+    def buffer_rows(self) -> int:
+        """Activations of all shuffle buffers together."""
+        return max(2, int(self.sections[0].buffer_mib * 2**20) // (4 * self.width))
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """A trained autoencoder and what was measured."""
+    """A trained dictionary and what was measured."""
 
-    autoencoder: SparseAutoencoder
-    fvu: float  # of the held-out tail, over the whole of it, in standardised units
-    l0: float  # active latents an activation, held out
+    autoencoder: SparseAutoencoder  # on the columns of the stream that it sees
+    held_out: DictionaryMeter = field(repr=False)  # of the activations that were held out, all of them
+    held_out_tokens: int
     dead_share: float  # of the latents, silent for the last `dead_after_tokens` of training
     trained_tokens: int  # different activations
-    held_out_tokens: int
     history: list[tuple[int, str, float]] = field(repr=False)  # training step; fvu, l0 or dead_share; value
 
 
-class _Losses(NamedTuple):
-    total: Tensor  # []
-    reconstruction: Tensor  # [N, C]
-    active: Tensor  # [L] bool: fired on some activation of the batch
-    l0: float
+class _Scaling(NamedTuple):
+    mean: Tensor  # [width] of the first fill
+    scale: Tensor  # [width], its standard deviation; 1 where that is 0
 
 
 def work_units(section: SaeSection) -> int:
     """What `fit` reports as progress in all: each activation when it is read and each time that it is trained on."""
-    return section.num_tokens * (1 + section.epochs) + _held_out(section)
+    return section.num_tokens * (1 + section.epochs)
 
 
-def fit(activations: Iterator[Tensor], section: SaeSection, coordinates: Tensor, progress: Progress) -> FitResult:
-    """Train on the first `section.num_tokens` activations, measure on those that follow; deterministic by the seed.
+def fit(plan: FitPlan, stream: ActivationStream, device: torch.device, progress: Progress) -> list[FitResult]:
+    """Train each dictionary of the plan on the same activations; deterministic by the seed.
 
-    Args:
-        activations: chunks [N, d_model], all on the device that is trained on.
-        coordinates: [C] int64, sorted.
+    The stream is cut into `workers` shares of every n-th chunk, each with a buffer of its own. A step takes its part of
+    the batch from every share and averages the gradients. In a process group of `workers` each process has a share; a
+    process alone takes them in turn, with the same result. All processes call.
+
+    Returns:
+        On rank 0 a result a dictionary, on the others nothing.
 
     Raises:
-        StepFailed: the stream has too few activations or no variance, or the loss is not finite.
+        StepFailed: the stream has too few activations or no variance, or a loss is not finite.
     """
-    sizes: list[int] = []
-
-    def chosen() -> Iterator[Tensor]:
-        for chunk in activations:
-            sizes.append(chunk.shape[1])
-            progress(len(chunk))
-            yield chunk.index_select(1, coordinates.to(chunk.device)).float()
-
-    trainer: _Trainer | None = None
-    for filled in fill_buffers(
-        chosen(), num_tokens=section.num_tokens, held_out=_held_out(section), buffer_tokens=section.buffer_tokens
-    ):
-        if trainer is None:
-            if len(filled.activations) < 2:
-                break
-            trainer = _Trainer(section, filled.activations)
-        trainer.train(filled, progress)
-        if filled.last:
-            return trainer.finish(filled.held_out, coordinates, sizes[0])
-    raise StepFailed("the corpus has too few tokens to train the autoencoder: at least 4 activations are needed")
+    return _Fit(plan, stream, device, progress).run()
 
 
-class _Trainer:
-    """Weights on standardised coordinates, the optimiser, and the count of tokens since each latent was active."""
+class _Fit:
+    def __init__(self, plan: FitPlan, stream: ActivationStream, device: torch.device, progress: Progress) -> None:
+        self.plan, self.stream, self.device, self.progress = plan, stream, device, progress
+        self.group = Group()
+        main = plan.sections[0]
+        self.workers = main.workers
+        assert self.group.size in (1, self.workers), (self.group.size, self.workers)
+        self.mine = range(self.group.rank, self.workers, self.group.size)  # the shares of this process
+        chunks = range(plan.held_out, plan.chunks)
+        rows = max(2, min(plan.buffer_rows, main.num_tokens) // self.workers)
+        self.buffers = [ShuffleBuffer(stream, chunks[share :: self.workers], rows, plan.width, device) for share in self.mine]
+        self.trainers: list[Trainer] = []
+        self.scaling: _Scaling | None = None
+        self.fills = self.trained = 0  # activations trained on, of all shares
 
-    def __init__(self, section: SaeSection, first: Tensor) -> None:
-        """Take the standardisation and the starting directions from the first buffer [n, C]."""
-        self.section = section
-        self.generator = torch.Generator().manual_seed(section.seed)
-        self.mean = first.mean(0)
-        deviation = first.std(0, correction=0)
-        self.scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        directions = self._directions(first)
-        self.decoder_weight = directions.clone().requires_grad_()
-        self.encoder_weight = (_ENCODER_START * directions).requires_grad_()
-        self.encoder_bias = first.new_zeros(section.num_latents).requires_grad_()
-        self.decoder_bias = first.new_zeros(first.shape[1]).requires_grad_()  # the mean, in raw units
-        weights = [self.encoder_weight, self.encoder_bias, self.decoder_weight, self.decoder_bias]
-        self.optimiser = torch.optim.Adam(weights, lr=section.learning_rate, fused=True)
-        self.silent_tokens = torch.zeros(section.num_latents, dtype=torch.int64, device=first.device)
-        self.steps = self.trained = 0
-        self.history: list[tuple[int, str, float]] = []
-        self._window, self._l0 = FvuMeter(), 0.0
+    def run(self) -> list[FitResult]:
+        """See `fit`."""
+        ended = self._resume()
+        while not ended:
+            ended = self._train_fill()
+            self._checkpoint()
+        for buffer in self.buffers:
+            buffer.close()
+        return self._results() if self.group.rank == 0 else []
 
-    def train(self, filled: Fill, progress: Progress) -> None:
-        """`epochs` passes over a buffer, shuffled anew for each."""
-        section, data = self.section, filled.activations
-        batches = max(1, round(len(data) / section.batch_tokens)) if len(data) else 0
-        self.trained += len(data)
+    def _train_fill(self) -> bool:
+        """Fill the buffers and use them up; whether that was the last time."""
+        main = self.plan.sections[0]
+        left = -(-(main.num_tokens - self.trained) // self.workers)
+        filled = [buffer.fill(left) for buffer in self.buffers]
+        rows = self._least([len(data) for data in filled])
+        self.progress(rows * len(filled))
+        if self.scaling is None:
+            if rows < 2:
+                raise StepFailed(_TOO_FEW)
+            self._start(filled)
+        assert self.scaling is not None
+        filled = [data[:rows].sub_(self.scaling.mean).div_(self.scaling.scale) for data in filled]
+        self.trained += rows * self.workers
+        more = 0 if self.trained >= main.num_tokens else self._least([int(not buffer.ended()) for buffer in self.buffers])
+        self._train_on(filled, rows, bool(more))
+        self.fills += 1
+        return not more
+
+    def _train_on(self, filled: Sequence[Tensor], rows: int, more: bool) -> None:
+        """`epochs` passes over the buffers, shuffled anew for each."""
+        main = self.plan.sections[0]
+        share_of_batch = max(1, main.batch_tokens // self.workers)
+        steps = max(1, round(rows / share_of_batch)) if rows else 0
         # A stream that ends early is known to do so in its last fill only; the schedule then ends there as well.
-        left = 0 if filled.last else max(0, section.num_tokens - self.trained)
-        total = self.steps + section.epochs * (batches + math.ceil(left / section.batch_tokens))
-        for _ in range(section.epochs):
-            order = torch.randperm(len(data), generator=self.generator)
-            for rows in order.tensor_split(batches) if batches else ():
-                self._step((data[rows.to(data.device)] - self.mean) / self.scale, total)
-                progress(len(rows))
+        left = -(-(main.num_tokens - self.trained) // main.batch_tokens) if more else 0
+        total = self.trainers[0].steps + main.epochs * (steps + left)
+        for epoch in range(main.epochs):
+            orders = [self._order(rows, share, epoch).tensor_split(steps) if steps else () for share in self.mine]
+            for places in zip(*orders, strict=True):
+                batches = [data[chosen.to(data.device)] for data, chosen in zip(filled, places, strict=True)]
+                for trainer, (start, stop) in zip(self.trainers, self.plan.columns, strict=True):
+                    for batch in batches:
+                        trainer.accumulate(batch[:, start:stop], self.workers)
+                    trainer.step(self.group, total)
+                self.progress(sum(len(batch) for batch in batches))
+        for trainer in self.trainers:
+            trainer.record(self.group)
 
-    def finish(self, held_out: Tensor, coordinates: Tensor, d_model: int) -> FitResult:
-        """Fold the standardisation in and measure on `held_out` [m, C]."""
-        section, meter, active = self.section, FvuMeter(), 0.0
-        with torch.no_grad():
-            for batch in ((held_out - self.mean) / self.scale).split(section.batch_tokens):
-                losses = self._losses(batch, auxiliary=False)
-                meter.update(batch, losses.reconstruction)
-                active += losses.l0 * len(batch)
-            weights = fold(self.encoder_weight, self.encoder_bias, self.decoder_weight, self.decoder_bias, self.mean, self.scale)
-        weights = {name: weight.detach() for name, weight in weights.items()} | {"coordinates": coordinates.to(held_out.device)}
-        autoencoder = SparseAutoencoder(weights, architecture=section.architecture, k=section.k, d_model=d_model)
-        dead = self._dead().float().mean().item()
-        l0 = active / len(held_out)
-        if not math.isfinite(meter.value):
-            raise StepFailed("the activations that are held out are all equal: the corpus is too small or all the same")
-        return FitResult(autoencoder, meter.value, l0, dead, self.trained, len(held_out), self.history)
+    def _order(self, rows: int, share: int, epoch: int) -> Tensor:
+        """A permutation drawn from what names it: nothing random goes from one fill to the next."""
+        words = (self.plan.sections[0].seed, share, self.fills, epoch)
+        seed = int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:7], "big")
+        return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
-    def _directions(self, first: Tensor) -> Tensor:
-        """Unit rows [L, C]: standardised activations drawn at random, and random directions where those are too few."""
-        count = self.section.num_latents
-        drawn = torch.randperm(len(first), generator=self.generator)[:count]
-        data = (first[drawn.to(first.device)] - self.mean) / self.scale
-        noise = torch.randn(count, first.shape[1], generator=self.generator).to(first)
-        noise[: len(data)] = torch.where(data.norm(dim=1, keepdim=True) > 0, data, noise[: len(data)])
-        return functional.normalize(noise, dim=1)
+    def _least(self, numbers: Sequence[int]) -> int:
+        return self.group.least(min(numbers), self.device)
 
-    def _step(self, batch: Tensor, total_steps: int) -> None:
-        losses = self._losses(batch, auxiliary=True)
-        if not torch.isfinite(losses.total):
-            raise StepFailed(f"the autoencoder's loss is {losses.total.item()} at step {self.steps}; lower sae.learning_rate")
-        losses.total.backward()
-        self.silent_tokens += len(batch)
-        self.silent_tokens[losses.active] = 0
-        with torch.no_grad():
-            decoder, gradient = self.decoder_weight, self.decoder_weight.grad
-            assert gradient is not None
-            # What lies along a row only changes its norm, which is put back below; left in, it spoils Adam's moments.
-            gradient -= (gradient * decoder).sum(1, keepdim=True) * decoder
-            self._set_learning_rate(total_steps)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-            decoder.copy_(functional.normalize(decoder, dim=1))
-        self.steps += 1
-        self._record(batch, losses, max(1, total_steps // _RECORDS))
+    def _start(self, filled: Sequence[Tensor]) -> None:
+        """Take the standardisation from the first fill of all shares, the starting directions from the first share's."""
+        count = torch.tensor(float(sum(len(data) for data in filled)), dtype=torch.float64, device=self.device)
+        sums = torch.stack([data.sum(0, dtype=torch.float64) for data in filled]).sum(0)
+        self.group.add([count, sums])
+        mean = sums / count
+        squares = torch.stack([_squares(data, mean) for data in filled]).sum(0)
+        self.group.add([squares])
+        deviation = (squares / count).sqrt().float()
+        self.scaling = _Scaling(mean.float(), torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        standardised = (filled[0] - self.scaling.mean) / self.scaling.scale
+        self._make_trainers(standardised)
+        for trainer in self.trainers:
+            self.group.from_first([weight.detach() for weight in trainer.weights.named().values()])
 
-    def _losses(self, batch: Tensor, *, auxiliary: bool) -> _Losses:
-        """The objective on standardised activations [N, C]: variance 1 a coordinate, so that the first term is the FVU."""
-        section = self.section
-        # (x - b_dec) W^T + b_enc, with the product of weights alone taken out of the large matrix product.
-        bias = self.encoder_bias - self.encoder_weight @ self.decoder_bias
-        pre = functional.linear(batch, self.encoder_weight, bias)
-        fired = torch.zeros(section.num_latents, dtype=torch.bool, device=batch.device)
-        if section.architecture == "topk":
-            values, ids = pre.topk(section.k, dim=1)
-            values = values.relu()
-            decoded = functional.embedding_bag(ids, self.decoder_weight, per_sample_weights=values, mode="sum")
-            fired[ids[values > 0]] = True
-            sparsity = 0.0
-        else:
-            values = pre.relu()
-            decoded = values @ self.decoder_weight
-            fired |= (values > 0).any(0)
-            sparsity = section.l1_coefficient * values.sum() / len(batch)
-        reconstruction = decoded + self.decoder_bias
-        residual = batch - reconstruction
-        loss = residual.square().sum() / batch.numel() + sparsity
-        if auxiliary and section.auxk_coefficient:
-            loss = loss + section.auxk_coefficient * self._auxiliary(pre, residual.detach())
-        return _Losses(loss, reconstruction, fired, (values > 0).sum().item() / len(batch))
+    def _make_trainers(self, data: Tensor | None) -> None:
+        for section, (start, stop) in zip(self.plan.sections, self.plan.columns, strict=True):
+            shape = (section.num_latents, stop - start)
+            known = torch.zeros(shape, device=self.device)  # the weights come from a checkpoint
+            started = known if data is None else starting_directions(data[:, start:stop], shape[0], section.seed)
+            self.trainers.append(Trainer(section, started))
 
-    def _auxiliary(self, pre: Tensor, residual: Tensor) -> Tensor | float:
-        """AuxK: the dead latents of largest pre-activation reconstruct the residual error, without b_dec."""
-        dead = self._dead().nonzero()[:, 0]
-        if not len(dead):
-            return 0.0
-        largest, place = pre[:, dead].topk(min(self.section.auxk, len(dead)), dim=1)
-        below = largest.clamp(max=0.0)
-        values = largest.relu() + _DEAD_SLOPE * (below - below.detach())
-        guess = functional.embedding_bag(dead[place], self.decoder_weight, per_sample_weights=values, mode="sum")
-        # By rows first: a long sum is split among the threads, and their number would move the gradient's last bits.
-        scale = residual.square().sum(1).sum().clamp(min=1e-12)
-        return (residual - guess).square().sum() / scale
-
-    def _dead(self) -> Tensor:
-        return self.silent_tokens >= self.section.dead_after_tokens
-
-    def _set_learning_rate(self, total_steps: int) -> None:
-        """Linear warm-up, a plateau, linear decay to zero."""
-        warmup = min(1.0, (self.steps + 1) / max(1.0, _WARMUP_SHARE * total_steps))
-        decay = min(1.0, (total_steps - self.steps) / max(1.0, _DECAY_SHARE * total_steps))
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.section.learning_rate * min(warmup, decay)
-
-    def _record(self, batch: Tensor, losses: _Losses, every: int) -> None:
-        self._window.update(batch, losses.reconstruction)
-        self._l0 += losses.l0 * len(batch)
-        if self.steps % every:
+    def _checkpoint(self) -> None:
+        if self.plan.checkpoints is None:
             return
-        values = {
-            "fvu": self._window.value,
-            "l0": self._l0 / self._window.count,
-            "dead_share": self._dead().float().mean().item(),
+        assert self.scaling is not None
+        places = [number for buffer in self.buffers for number in (buffer.chunk, buffer.offset)]
+        cursors = self.group.all_rows(places, self.device)
+        states = [trainer.state() for trainer in self.trainers]
+        tensors = {**flat([tensors for tensors, _ in states]), **self.scaling._asdict()}
+        record = {
+            "identity": self._identity(),
+            "trained": self.trained,
+            # By share: of each the chunk that is read next and how much of it is used.
+            "cursors": [cursors[share % self.group.size][2 * (share // self.group.size) :][:2] for share in range(self.workers)],
+            "trainers": [record for _, record in states],
         }
-        self.history += [(self.steps, name, value) for name, value in values.items()]
-        self._window, self._l0 = FvuMeter(), 0.0
+
+        def write(directory: Path) -> None:
+            if self.group.rank == 0:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, directory / _STATE)
+
+        checkpoints.save(self.plan.checkpoints, self.fills, record, write, first=self.group.rank == 0)
+        self.group.wait()
+
+    def _resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one; whether the training it is of had ended."""
+        found = checkpoints.complete_steps(self.plan.checkpoints) if self.plan.checkpoints else []
+        self.group.wait()  # all have looked before anyone writes
+        if not found or self.plan.checkpoints is None:
+            return False
+        record: dict[str, Any] = checkpoints.read_record(self.plan.checkpoints, found[0])
+        if record["identity"] != self._identity():
+            raise StepFailed(
+                f"the newest checkpoint in '{self.plan.checkpoints}' belongs to another training; remove it to start afresh"
+            )
+        with checkpoints.files_of(self.plan.checkpoints, found[0]) as directory:
+            tensors = load_file(directory / _STATE, device=str(self.device))
+        self.scaling = _Scaling(tensors["mean"], tensors["scale"])
+        self._make_trainers(None)
+        for number, (trainer, state) in enumerate(zip(self.trainers, record["trainers"], strict=True)):
+            prefix = f"{number}/"
+            mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            trainer.load_state(mine, state)
+        self.fills, self.trained = found[0], record["trained"]
+        for buffer, share in zip(self.buffers, self.mine, strict=True):
+            buffer.resume(*record["cursors"][share])
+        main = self.plan.sections[0]
+        self.progress(self.trained * (1 + main.epochs) // self.group.size)
+        return self.trained >= main.num_tokens or not self._least([int(not buffer.ended()) for buffer in self.buffers])
+
+    @torch.no_grad()
+    def _results(self) -> list[FitResult]:
+        """Fold the standardisation into the weights and measure them on the activations that are held out."""
+        assert self.scaling is not None
+        autoencoders = []
+        for trainer, (start, stop) in zip(self.trainers, self.plan.columns, strict=True):
+            weights = trainer.folded(self.scaling.mean[start:stop], self.scaling.scale[start:stop])
+            weights["coordinates"] = torch.arange(stop - start, device=self.device)
+            section = trainer.section
+            autoencoders.append(SparseAutoencoder(weights, architecture=section.architecture, k=section.k, d_in=stop - start))
+        meters = [DictionaryMeter(autoencoder) for autoencoder in autoencoders]
+        count = 0
+        for chunk in self.stream(0, self.plan.held_out, 1):
+            part = torch.tensor(chunk[: HELD_OUT - count]).to(self.device)
+            count += len(part)
+            for meter, (start, stop) in zip(meters, self.plan.columns, strict=True):
+                meter.update(part[:, start:stop])
+            if count == HELD_OUT:
+                break
+        if count < 2:
+            raise StepFailed(_TOO_FEW)
+        if not all(math.isfinite(meter.fvu) for meter in meters):
+            raise StepFailed("the activations that are held out are all equal: the corpus is too small or all the same")
+        return [
+            FitResult(autoencoder, meter, count, trainer.dead().float().mean().item(), self.trained, trainer.history)
+            for autoencoder, meter, trainer in zip(autoencoders, meters, self.trainers, strict=True)
+        ]
+
+    def _identity(self) -> str:
+        described = [section.model_dump_json() for section in self.plan.sections]
+        words = [self.plan.identity, *described, str(self.plan.columns), str(self.plan.chunks), str(self.plan.held_out)]
+        return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
-def _held_out(section: SaeSection) -> int:
-    return max(2, min(_HELD_OUT_MAX, int(section.num_tokens * _HELD_OUT_SHARE)))
+def _squares(data: Tensor, mean: Tensor) -> Tensor:
+    """Sum over the rows of [n, C] of the squared distance to `mean` [C], float64; in parts, as float64 takes twice the memory."""
+    parts = [(part.double() - mean).square().sum(0) for part in data.split(16_384)]
+    return torch.stack(parts).sum(0)

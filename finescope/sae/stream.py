@@ -1,25 +1,17 @@
-"""The stream of activations that an autoencoder is trained on, cut into shuffle buffers and a tail that is held out."""
+"""The stream of activations that dictionaries are trained on, and the shuffle buffer that it is cut into."""
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from finescope.models.hooks import HookPoint, capture
 
 # input_ids [B, T] int64 and attention_mask [B, T], padded on either side.
 TokenBatch = tuple[np.ndarray, np.ndarray]
 
-
-class Fill(NamedTuple):
-    """A filled shuffle buffer. Both tensors are views that the next fill overwrites."""
-
-    activations: Tensor  # [n, C] to train on
-    held_out: Tensor  # [m, C], never trained on; empty but for the last fill
-    last: bool
+# Activations [n, C] float32 of the chunks start, start + step, ... below stop, one array a chunk, in order. The columns of
+# several hook points stand side by side.
+ActivationStream = Callable[[int, int, int], Iterator[np.ndarray]]
 
 
 def used_positions(attention_mask: Tensor) -> Tensor:
@@ -28,52 +20,51 @@ def used_positions(attention_mask: Tensor) -> Tensor:
     return mask & (mask.cumsum(1) > 1)
 
 
-def stream_activations(model: PreTrainedModel, batches: Iterable[TokenBatch], layer: int) -> Iterator[Tensor]:
-    """Activations [N, d_model] float32 of each batch's used positions, on the model's device."""
-    for input_ids, attention_mask in batches:
-        ids = torch.from_numpy(input_ids).to(model.device)
-        mask = torch.from_numpy(attention_mask).to(model.device)
-        yield capture(model, ids, mask, [HookPoint(layer)])[0][used_positions(mask)].float()
+class ShuffleBuffer:
+    """One share of the stream, a buffer of a fixed size at a time: filled whole, used up, filled again.
 
-
-def first_documents(batches: Iterator[TokenBatch], count: int) -> list[TokenBatch]:
-    """The batches that hold the first `count` documents, taken off the iterator whole."""
-    taken: list[TokenBatch] = []
-    while sum(len(ids) for ids, _ in taken) < count:
-        batch = next(batches, None)
-        if batch is None:
-            break
-        taken.append(batch)
-    return taken
-
-
-def fill_buffers(chunks: Iterator[Tensor], *, num_tokens: int, held_out: int, buffer_tokens: int) -> Iterator[Fill]:
-    """Cut a stream of chunks [n, C] into fills of `buffer_tokens`, the last one smaller, and hold out what comes last.
-
-    At most `num_tokens + held_out` activations are read. From a stream that ends earlier the same share is held out.
-    Memory is that of `buffer_tokens + held_out` activations, allocated once.
+    What has been read is known by two numbers, the chunk and the rows of it that are used, so that a training that was
+    killed between two fills reads on where it was; no activation needs to be kept.
     """
-    store: Tensor | None = None
-    buffer = min(buffer_tokens, num_tokens)
-    wanted = num_tokens + held_out
-    filled = read = 0
-    for chunk in chunks:
-        rest = chunk[: wanted - read]
-        read += len(rest)
-        if store is None:
-            store = rest.new_empty(buffer + held_out, chunk.shape[1])
-        while len(rest):
-            if filled == len(store):
-                yield Fill(store[:buffer], store[:0], last=False)
-                store[:held_out] = store[buffer:].clone()
-                filled = held_out
-            part = rest[: len(store) - filled]
-            store[filled : filled + len(part)] = part
+
+    def __init__(self, stream: ActivationStream, chunks: range, rows: int, width: int, device: torch.device) -> None:
+        """Read `chunks` (start, stop, step) of the stream into a buffer [rows, width] on `device`."""
+        self._open, self._chunks = stream, chunks
+        self._store = torch.empty(rows, width, device=device)
+        self._source: Iterator[np.ndarray] | None = None
+        self._rest = np.empty((0, width), np.float32)
+        self.chunk, self.offset = 0, 0  # of `chunks`: the one that is read from next, and how much of it is used
+
+    def fill(self, limit: int) -> Tensor:
+        """The next rows of the share, a view [n, width] that the next fill overwrites; n = min(rows, limit) till the end."""
+        wanted, filled = min(limit, len(self._store)), 0
+        while filled < wanted and self._has_rows():
+            part = self._rest[self.offset : self.offset + wanted - filled]
+            # A copy, since a chunk may lie in memory that is shared with other processes and must not be written to.
+            self._store[filled : filled + len(part)] = torch.tensor(part)
             filled += len(part)
-            rest = rest[len(part) :]
-        if read == wanted:
-            break
-    if store is None:
-        return
-    tail = min(held_out, max(2, read * held_out // wanted), filled)
-    yield Fill(store[: filled - tail], store[filled - tail : filled], last=True)
+            self.offset += len(part)
+        return self._store[:filled]
+
+    def ended(self) -> bool:
+        """Whether nothing is left; reads on to know."""
+        return not self._has_rows()
+
+    def resume(self, chunk: int, offset: int) -> None:
+        """Go on from where another buffer's `chunk` and `offset` stood."""
+        self.chunk, self.offset, self._source = chunk, offset, None
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        self._source = None
+
+    def _has_rows(self) -> bool:
+        """Whether the current chunk has rows left, after moving on to the next one that has."""
+        if self._source is None:
+            left = self._chunks[self.chunk :]
+            self._source = self._open(left.start, left.stop, left.step)
+            self._rest = next(self._source, self._rest[:0])
+        while self.offset >= len(self._rest) and self.chunk < len(self._chunks):
+            self.chunk, self.offset = self.chunk + 1, 0
+            self._rest = next(self._source, self._rest[:0])
+        return self.offset < len(self._rest)

@@ -1,93 +1,104 @@
-"""From documents to a dictionary: choose coordinates, stream activations of the first blocks, fit."""
+"""Training as every process of a group does it: the stream of tables to dictionaries on storage, and what was measured."""
 
-import itertools
-from collections.abc import Iterable
+import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from finescope.config import SaeSection
-from finescope.errors import ModelError, StepFailed
-from finescope.models.hooks import HookPoint
-from finescope.models.load import ModelReference, load_model
-from finescope.runners.base import Progress
-from finescope.sae.dictionary import Dictionary, check_belongs, load_dictionary
-from finescope.sae.fit import FitResult, fit
-from finescope.sae.fvu import FvuMeter
-from finescope.sae.sensitivity import choose_coordinates
-from finescope.sae.stream import TokenBatch, first_documents, stream_activations
+from finescope import storage
+from finescope.models.load import ModelReference, default_device
+from finescope.runners.base import Progress, TableStream
+from finescope.sae.autoencoder import SparseAutoencoder
+from finescope.sae.dictionary import Dictionary, save_dictionary
+from finescope.sae.extract import SiteColumns, activations_of
+from finescope.sae.fit import FitPlan, FitResult, fit
+from finescope.sae.metrics import metric_rows
+from finescope.sae.naming import MAIN
+from finescope.sae.statistics import latents_table
+
+TRAINED = "trained.json"
 
 
 @dataclass(frozen=True)
-class TrainedDictionary:
-    """What is saved, and what was measured on the way."""
+class TrainingJob:
+    """What a process that trains is sent."""
 
-    dictionary: Dictionary
-    fit: FitResult
+    model: ModelReference
+    plan: FitPlan
+    names: tuple[str, ...]  # of the dictionaries, the main one first
+    sites: tuple[SiteColumns, ...]  # in the order of the stream's columns
+    site_of: tuple[int, ...]  # of each dictionary
+    modules: tuple[str, ...]  # path of the module at each site
+    uri: str  # of the step
 
 
-def train_dictionary(
-    model: ModelReference, batches: Iterable[TokenBatch], section: SaeSection, progress: Progress
-) -> TrainedDictionary:
-    """Train a dictionary on documents. Reads no more batches than `section.num_tokens` and the held-out tail need.
+def dictionary_uri(uri: str, name: str) -> str:
+    """Where a dictionary of the step at `uri` is."""
+    return storage.join(uri, "dictionary") if name == MAIN else storage.join(uri, "variants", name)
 
-    Args:
-        batches: documents in an order that mixes them; the coordinates are chosen on the first ones.
-        progress: gets `fit.work_units(section)` in all, less where the documents are fewer.
+
+def train(job: TrainingJob, stream: TableStream, progress: Progress) -> None:
+    """Train, and write each dictionary, its part of `latents` and, last, the record TRAINED. All processes call.
 
     Raises:
-        StepFailed: too few documents, or the loss is not finite.
-        ModelError: the model has no block `section.layer`.
+        StepFailed: too few activations, or a loss that is not finite.
     """
-    network = load_model(model, num_layers=section.layer)
-    stream = iter(batches)
-    reference_sample = first_documents(stream, section.coordinates.documents)
-    if not reference_sample:
-        raise StepFailed("no document is left to train the autoencoder on")
-    coordinates = choose_coordinates(network, reference_sample, section.layer, section.coordinates, section.seed)
-    activations = stream_activations(network, itertools.chain(reference_sample, stream), section.layer)
-    result = fit(activations, section, coordinates.indices, progress)
-    dictionary = Dictionary(
-        result.autoencoder.cpu(),
-        HookPoint(section.layer),
-        section.coordinates.method,
-        model.path,
-        model.revision,
-        model.fingerprint,
-        result.fvu,
+
+    def arrays(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
+        return (activations_of(table) for table in stream(start, stop, step))
+
+    results = fit(job.plan, arrays, default_device(), progress)
+    if not results:
+        return
+    records = []
+    for number, result in enumerate(results):
+        dictionary = _dictionary(job, number, result)
+        save_dictionary(dictionary_uri(job.uri, job.names[number]), dictionary)
+        table = latents_table(job.names[number], result.held_out.statistics)
+        size = storage.put_parquet(storage.join(job.uri, "latents", f"part-{number:06d}.parquet"), table)
+        records.append({**_facts(job.names[number], dictionary, result), "latents_bytes": size})
+    ended = datetime.datetime.now(datetime.UTC).isoformat()
+    storage.put_json(storage.join(job.uri, TRAINED), {"dictionaries": records, "ended": ended})
+
+
+def _dictionary(job: TrainingJob, number: int, result: FitResult) -> Dictionary:
+    """The autoencoder on columns of the stream as one on whole activations."""
+    site, section = job.sites[job.site_of[number]], job.plan.sections[number]
+    found = result.autoencoder.cpu()
+    weights = {**found.state_dict(), "coordinates": torch.from_numpy(site.coordinates)}
+    if site.basis is not None:
+        weights["basis"] = torch.from_numpy(site.basis)
+    return Dictionary(
+        autoencoder=SparseAutoencoder(weights, architecture=section.architecture, k=section.k, d_in=site.d_in),
+        hook=site.hook,
+        coordinates_method=section.coordinates.method,
+        model_path=job.model.path,
+        model_revision=job.model.revision,
+        model_fingerprint=job.model.fingerprint,
+        module=job.modules[job.site_of[number]],
+        fvu=result.held_out.fvu,
     )
-    return TrainedDictionary(dictionary, result)
 
 
-def adopt_dictionary(uri: str, model: ModelReference, batches: Iterable[TokenBatch]) -> tuple[Dictionary, float]:
-    """A dictionary that was trained elsewhere, and its FVU measured again on this model and these documents.
-
-    Raises:
-        ModelError: there is none, it does not fit the model, or it explains nothing of it (FVU of 1 or more).
-    """
-    dictionary = load_dictionary(uri)
-    check_belongs(dictionary, model)
-    fvu = measure_fvu(model, batches, dictionary)
-    if fvu >= 1:
-        same = "the same" if dictionary.model_fingerprint == model.fingerprint else "other"
-        raise ModelError(
-            f"dictionary '{uri}': its FVU on '{model.path}' is {fvu:.2f}, {dictionary.fvu:.2f} was expected; "
-            f"it was trained on {same} weights, those of '{dictionary.model_path}'"
-        )
-    return dictionary, fvu
-
-
-@torch.no_grad()
-def measure_fvu(model: ModelReference, batches: Iterable[TokenBatch], dictionary: Dictionary) -> float:
-    """FVU of a dictionary on documents, over all of them, in standardised units.
-
-    Raises:
-        StepFailed: the documents have no activation.
-    """
-    network = load_model(model, num_layers=dictionary.layer)
-    autoencoder, meter = dictionary.autoencoder.to(network.device), FvuMeter()
-    for chunk in stream_activations(network, batches, dictionary.layer):
-        meter.update(autoencoder.select(chunk) / autoencoder.scale, autoencoder(chunk) / autoencoder.scale)
-    if not meter.count:
-        raise StepFailed("no activation to measure the dictionary on")
-    return meter.value
+def _facts(name: str, dictionary: Dictionary, result: FitResult) -> dict[str, Any]:
+    autoencoder = dictionary.autoencoder
+    return {
+        "name": name,
+        "layer": dictionary.layer,
+        "site": dictionary.hook.site,
+        "architecture": autoencoder.architecture,
+        "num_latents": autoencoder.num_latents,
+        "k": autoencoder.k,
+        "coordinates": autoencoder.coordinates.tolist(),
+        "fvu": result.held_out.fvu,
+        "l0": result.held_out.statistics.l0,
+        "dead_share": result.dead_share,
+        "dense_share": result.held_out.statistics.dense_share,
+        "tokens": result.trained_tokens,
+        "held_out_tokens": result.held_out_tokens,
+        "history": result.history,
+        "metrics": metric_rows(name, result.held_out, None, None),
+    }

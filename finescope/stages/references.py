@@ -17,7 +17,7 @@ from finescope.runners.base import Context, Resources
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A process with torch, transformers and a Ray worker in it, before any weight.
-_PROCESS_BYTES = 700_000_000
+PROCESS_BYTES = 700_000_000
 
 
 def model_of(manifest: Manifest) -> ModelReference:
@@ -27,7 +27,7 @@ def model_of(manifest: Manifest) -> ModelReference:
 
 def memory_bytes(model: ModelReference, copies: float = 1.0) -> int:
     """Resident memory of a process that holds `copies` of the model's weights."""
-    return _PROCESS_BYTES + int(copies * model.num_parameters * _BYTES[model.dtype])
+    return PROCESS_BYTES + int(copies * model.num_parameters * _BYTES[model.dtype])
 
 
 def write_table(uri: str, name: str, table: pa.Table) -> tuple[TableFile, ...]:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from distillation_fixtures import distill_section, random_examples, student_directory
 
 from finescope import storage
-from finescope.distillation.checkpoint import complete_steps
+from finescope.checkpoints import complete_steps
 from finescope.distillation.engine import Engine, EngineFactory, OptimizerSettings, PlainEngine
 from finescope.distillation.loop import TrainJob, train
 from finescope.errors import ResourceError, StepFailed
@@ -86,7 +86,7 @@ def close(found: Weights, expected: Weights) -> None:
 
 def together(loop: Callable[..., None], arguments: tuple[Any, ...], zero_stage: int) -> int:
     told: list[int] = []
-    ray_train.train(loop, arguments, told.append, Resources(), 2, False, zero_stage)
+    ray_train.train(loop, arguments, told.append, Resources(), 2, {"CPU": 1.0}, zero_stage)
     return sum(told)
 
 
@@ -179,4 +179,4 @@ def test_a_known_failure_comes_out_as_it_was_raised(tmp_path: Path, session: Non
 def test_missing_deepspeed_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_deepspeed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r"finescope\[deepspeed\]"):
-        ray_train.train(train, (), lambda _: None, Resources(), 2, False, 2)
+        ray_train.train(train, (), lambda _: None, Resources(), 2, {"CPU": 1.0}, 2)

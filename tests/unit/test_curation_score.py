@@ -105,6 +105,17 @@ def test_top_latents_are_the_largest_contributions(weighting: Weighting, data: s
         assert gains[named] == pytest.approx(sorted(gains[gains > 0], reverse=True)[:TOP_LATENTS], rel=1e-4)
 
 
+def test_what_seeds_and_corpus_share_is_no_reason():
+    """Seeds and corpus differ in the second document only: latents 2 to 5 have the same means, in another order of summing."""
+    first, last = [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]
+    seeds = 0.25 * np.array([first, [0, 1, 1, 1, 1, 1], last], np.float64)
+    corpus = 0.25 * np.array([first, [1, 0, 1, 1, 1, 1], last], np.float64)
+    found = scored(corpus, seeds, corpus, "contrast")
+    assert found.top_latents.to_pylist() == [[], [], [1]]
+    same = scored(corpus, corpus[::-1], corpus, "contrast")
+    assert same.score.tolist() == [0.0] * 3
+
+
 def test_the_papers_score_by_hand():
     """s(x) = max over seeds of cos(z(x), z(t))."""
     seeds = np.array([[3.0, 4.0, 0, 0, 0, 0], [0, 0, 2.0, 0, 0, 0]])

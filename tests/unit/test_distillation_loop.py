@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finescope import schemas, storage
 from finescope.distillation import loop
-from finescope.distillation.checkpoint import complete_steps
+from finescope.checkpoints import complete_steps
 from finescope.distillation.engine import OptimizerSettings, PlainEngine
 from finescope.distillation.examples import to_table
 from finescope.distillation.loop import TrainJob, plan, train

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finescope.corpus.tokenise import pad_batch
 from finescope.errors import ModelError
-from finescope.evaluation import perplexity as module
 from finescope.evaluation.perplexity import perplexity, perplexity_of_documents
+from finescope.models import likelihood
 
 
 def _documents(*lengths: int) -> list[np.ndarray]:
@@ -28,7 +28,7 @@ def _naive(model: torch.nn.Module, document: np.ndarray) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 64 * 5, 2**20])
 def test_equals_the_naive_loss(family: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOGIT_BYTES", chunk_bytes)
+    monkeypatch.setattr(likelihood, "_LOGIT_BYTES", chunk_bytes)
     model = tiny_model(family)
     documents = _documents(7, 2, 1, 12, 5)
     done: list[int] = []
@@ -78,8 +78,8 @@ def test_nothing_to_predict_and_a_ruined_model() -> None:
 
 def test_a_family_with_other_logits_is_refused() -> None:
     model = tiny_model("llama")
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ModelError, match="final_logit_softcapping"):
+    model.config.logit_scale = 0.5
+    with pytest.raises(ModelError, match="logit_scale"):
         perplexity(model, [], lambda _: None)
 
 
