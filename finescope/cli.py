@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from finescope.errors import ModelError, StepFailed, UserError
+from finescope.errors import DictionaryError, ModelError, StepFailed, UserError
 
 app = typer.Typer(
     name="finescope",
@@ -151,7 +151,7 @@ def export(
 ) -> None:
     """Export the student or the dictionary in another tool's layout."""
     with _errors(verbose):
-        from finescope.show import export_run
+        from finescope.export import export_run
 
         print(export_run(run, format_, to))  # noqa: T201
 
@@ -193,7 +193,8 @@ def _errors(verbose: bool) -> Iterator[None]:
 
 
 def _hint(error: UserError) -> str:
-    return "`finescope check-model MODEL` shows what is recognised" if isinstance(error, ModelError) else ""
+    of_model = isinstance(error, ModelError) and not isinstance(error, DictionaryError)
+    return "`finescope check-model MODEL` shows what is recognised" if of_model else ""
 
 
 def _end(error: BaseException, code: int, verbose: bool, hint: str) -> NoReturn:

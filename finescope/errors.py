@@ -19,6 +19,10 @@ class ModelError(UserError):
     """The model cannot be used: not found, unknown architecture, weights that are refused."""
 
 
+class DictionaryError(ModelError):
+    """The dictionary cannot be used: not found, a layout or an architecture that is not known, weights that do not fit."""
+
+
 class ResourceError(UserError):
     """The machine cannot hold what the plan needs: disk, memory, a missing extra."""
 

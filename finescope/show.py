@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import shutil
 import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ from finescope.config import STEPS, ModelSection
 from finescope.errors import ModelError, UserError
 from finescope.manifest import Manifest, StepState, require_run
 
-FORMATS = ("hf", "sae-lens", "sparsify", "gguf")
 _HEAD_ROWS = 10
 _CELL_CHARACTERS = 60
 # A pipe has no width: a column is as wide as its widest cell, and no line is folded.
@@ -120,36 +118,6 @@ def show_model(model: str, as_json: bool) -> None:
     for name in ("prunable", "modules"):
         if found[name]:
             _table(name, ("part", "parameters"), found[name].items())
-
-
-def export_run(run: str, format: str, to: str) -> str:
-    """Copy the student of a run to directory `to`; returns its path. Of the formats only `hf` is there yet.
-
-    Raises:
-        UserError: the format is unknown or not there yet, there is no student, or `to` is not empty.
-    """
-    if format not in FORMATS:
-        raise UserError(f"--format {format}: no such format; formats: {', '.join(FORMATS)}")
-    manifests = manifests_of(run)
-    if format == "gguf":
-        raise UserError(
-            "--format gguf: not in this version; export with --format hf, a stock directory that llama.cpp's "
-            "`python convert_hf_to_gguf.py DIR --outfile MODEL.gguf` converts"
-        )
-    if format != "hf":
-        where = storage.join(manifests["sae"].uri, "dictionary") if "sae" in manifests else "RUN/sae"
-        raise UserError(f"--format {format}: not in this version; the dictionary as finescope keeps it is at '{where}'")
-    step = next((name for name in ("distill", "prune") if name in manifests), None)
-    if step is None:
-        raise UserError(f"the run at '{run}' has no student yet: neither 'distill' nor 'prune' is done")
-    target = storage.absolute(to)
-    fs, path = storage.filesystem(target)
-    if fs.exists(path) and (not fs.isdir(path) or fs.ls(path, detail=False)):
-        raise UserError(f"--to {to}: expected a directory that is empty or not there yet")
-    with storage.local_directory(storage.join(manifests[step].uri, "model")) as model, storage.scratch_directory(target) as copy:
-        shutil.copytree(model, copy)
-        storage.put_tree(copy, target)
-    return target
 
 
 def closing_table(manifests: Mapping[str, Manifest]) -> None:
