@@ -1,14 +1,16 @@
 """What the step `sae` measures after training: the model's loss with reconstructions spliced in, and stability over seeds."""
 
+import datetime
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from finescope.config import CorpusSection, SaeSection
 from finescope.models.load import ModelReference, load_model
 from finescope.runners.base import Context, Progress, Resources
+from finescope.sae.adopt import adopt_dictionary
 from finescope.sae.chunks import Chunk, ChunkReader
-from finescope.sae.dictionary import load_dictionary
+from finescope.sae.dictionary import load_dictionary, save_dictionary
 from finescope.sae.metrics import metric_rows
 from finescope.sae.naming import MAIN
 from finescope.sae.recovery import CrossEntropy, cross_entropy_recovered
@@ -69,4 +71,40 @@ def stabilities(section: SaeSection, uris: Mapping[str, str]) -> list[tuple[str,
 
 
 def adopted(context: Context, documents: DocumentSet, path: str, uri: str) -> tuple[dict[str, Any], list[tuple[str, float, str]]]:
-    raise AssertionError
+    """Facts and rows of `metrics` of the dictionary at `path`, measured again on the documents and saved at `uri`.
+
+    Raises:
+        DictionaryError: there is none, it does not fit the model, or it explains nothing of it.
+    """
+    with context.reporter.task("sae: measuring", 1, "dictionaries") as progress:
+        found = context.runner.call(_adopt, (documents, path, uri), progress, Resources(memory_bytes(documents.model)))
+    if found.warning is not None:
+        context.reporter.warn(found.warning)
+    return found.facts, [("fvu", found.facts["fvu"], found.ended)]
+
+
+class _Found(NamedTuple):
+    facts: dict[str, Any]
+    warning: str | None
+    ended: str
+
+
+def _adopt(documents: DocumentSet, path: str, uri: str, progress: Progress) -> _Found:
+    found = adopt_dictionary(path, documents.model, documents.batches())
+    save_dictionary(uri, found.dictionary)
+    progress(1)
+    autoencoder = found.dictionary.autoencoder
+    facts = {
+        "path": path,
+        "layer": found.dictionary.layer,
+        "site": found.dictionary.hook.site,
+        "architecture": autoencoder.architecture,
+        "num_latents": autoencoder.num_latents,
+        "k": autoencoder.k,
+        "coordinates": autoencoder.coordinates.tolist(),
+        "fvu": found.fvu,
+        "fvu_recorded": found.recorded_fvu,
+        "moments_estimated": found.moments_estimated,
+        "held_out_tokens": found.tokens,
+    }
+    return _Found(facts, found.warning, datetime.datetime.now(datetime.UTC).isoformat())
