@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ class Source:
 
     def __init__(self, sizes: list[int]) -> None:
         ends = np.cumsum([0, *sizes])
-        self.chunks = [np.arange(a, b, dtype=np.float32)[:, None] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self.chunks = [np.arange(a, b, dtype=np.float32)[:, None] for a, b in itertools.pairwise(ends)]
         self.read: list[int] = []
 
     def __call__(self, start: int, stop: int, step: int) -> Iterator[np.ndarray]:
