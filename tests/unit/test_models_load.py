@@ -108,6 +108,23 @@ def test_checkpoint_that_was_saved_without_a_head(tmp_path: Path, family: str) -
     assert torch.equal(ours, capture(model, IDS, torch.ones_like(IDS), hook)[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [("gpt2", ("attn.bias", "attn.masked_bias")), ("gpt_neox", ("attention.bias", "attention.rotary_emb.inv_freq"))],
+)
+def test_masks_of_old_checkpoints_are_left_aside(tmp_path: Path, family: str, masks: tuple[str, ...]) -> None:
+    saved_model(tmp_path, family)
+    weights = load_file(tmp_path / "model.safetensors")
+    blocks = "transformer.h" if family == "gpt2" else "gpt_neox.layers"
+    weights |= {f"{blocks}.{layer}.{mask}": torch.ones(1, 1, 8, 8) for layer in range(4) for mask in masks}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for num_layers in (2, None):
+        load_model(reference(tmp_path), num_layers=num_layers, device="cpu")
+    save_file(weights | {f"{blocks}.1.attn.other": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are unexpected, among them '.*\.1\.attn\.other'"):
+        load_model(reference(tmp_path), num_layers=2, device="cpu")
+
+
 @pytest.mark.parametrize("layout", ["hub", "classes"])
 def test_text_model_inside_a_multimodal_one(tmp_path: Path, layout: str) -> None:
     saved_multimodal_model(tmp_path)
