@@ -205,6 +205,24 @@ def test_pickle_weights_load_where_they_are_allowed(tmp_path: Path) -> None:
     assert load_model(reference(tmp_path, allow_pickle=True), device="cpu").dtype == torch.float32
 
 
+def test_remote_code_runs_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    directory = saved_model(tmp_path / "model", "llama")
+    (directory / "modeling_ours.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass Ours(LlamaForCausalLM):\n    ours = True\n"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_ours.Ours"}}))
+    with pytest.raises(ModelError, match=r"model\.trust_remote_code: true"):
+        reference(directory)
+    model = load_model(reference(directory, trust_remote_code=True), num_layers=2, device="cpu")
+    assert getattr(model, "ours", False)
+    (ours,) = capture(model, IDS, torch.ones_like(IDS), [HookPoint(2)])
+    assert torch.equal(ours, capture(tiny_model("llama"), IDS, torch.ones_like(IDS), [HookPoint(2)])[0])
+
+
 def test_remote_directory_loads(tmp_path: Path) -> None:
     saved_model(tmp_path / "model", "mistral")
     fsspec.filesystem("memory").put(str(tmp_path / "model"), "/remote-load", recursive=True)
