@@ -113,11 +113,13 @@ def show_model(model: str, as_json: bool) -> None:
     if as_json:
         _json(found)
         return
-    plain = {name: value for name, value in found.items() if not isinstance(value, Mapping)}
+    plain = {name: value for name, value in found.items() if not isinstance(value, Mapping | list)}
     _table(model, ("", ""), plain.items())
-    for name, values in found.items():
-        if isinstance(values, Mapping):
-            _table(name, ("part", "parameters"), values.items())
+    columns = ("site", "module", "reads", "width", "layers")
+    _table("sites (block N is layer N + 1)", columns, [[row[column] for column in columns] for row in found["sites"]])
+    for name in ("prunable", "modules"):
+        if found[name]:
+            _table(name, ("part", "parameters"), found[name].items())
 
 
 def export_run(run: str, format: str, to: str) -> str:

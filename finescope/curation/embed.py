@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finescope.config import EmbedSection
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
-from finescope.models.hooks import capture
+from finescope.models.hooks import HookPoint, capture
 from finescope.models.load import ModelReference, load_model, load_tokenizer
 from finescope.sae.dictionary import load_dictionary
 
@@ -55,7 +55,7 @@ class Embedder:
         """
         device = self._model.device
         ids, mask = ids.to(device), mask.to(device)
-        residual = capture(self._model, ids, mask, self._layer)  # [B, T, d_model]
+        (residual,) = capture(self._model, ids, mask, [HookPoint(self._layer)])  # [B, T, d_model]
         used = mask.bool().clone()
         used[:, 0] = False  # an attention sink: its norm is tens of times the others'
         document = torch.nonzero(used)[:, 0]  # [N], the row of each activation

@@ -4,37 +4,155 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from finescope.errors import ModelError
+
+# What a gated RMSNorm family has in a block beside its linear maps.
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_SANDWICH = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_ACTIVATION = ("mlp.act_fn",)
+_EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn")
+# The first thing that pruning lacks for a family.
+_FUSED = "query, key and value are one fused map"
+_POST_NORMS = "the re-fit knows no norms after attention and MLP"
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Module names of one family; those of a block are relative to the block."""
+    """Module names of one family; those of a block are relative to the block.
+
+    A family that is in the table is recognised: its activations can be read. Whether it can be pruned is another fact.
+    """
 
     family: str  # config.model_type
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # or one fused map
+    output: str = "self_attn.o_proj"  # the attention's output projection
+    mlp: str = "mlp"
+    expand: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one fused map, or up alone where there is no gate
     down: str = "mlp.down_proj"
+    experts: str | None = None  # holds the 3-D weights of all experts; a block that has it has no `expand` and `down`
+    others: tuple[str, ...] = _NORMS + _ACTIVATION  # what else may have parameters, or is a leaf
+    unprunable: str = ""  # why pruning does not handle the family; empty where it does
+
+    @property
+    def decoder(self) -> str:
+        """The module from token ids or input embeddings to the final norm's output."""
+        return self.blocks.rpartition(".")[0]
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """The linear maps of a block: what is pruned, and what LoRA adapts."""
-        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+        """The linear maps of a block without experts: what is pruned, and what LoRA adapts."""
+        return (*self.qkv, self.output, *self.expand, self.down)
+
+    @property
+    def query(self) -> str:
+        """Of separate projections only, like `key`, `value`, `gate` and `up`."""
+        return self._separate(self.qkv, 3)[0]
+
+    @property
+    def key(self) -> str:
+        return self._separate(self.qkv, 3)[1]
+
+    @property
+    def value(self) -> str:
+        return self._separate(self.qkv, 3)[2]
+
+    @property
+    def gate(self) -> str:
+        return self._separate(self.expand, 2)[0]
+
+    @property
+    def up(self) -> str:
+        return self._separate(self.expand, 2)[1]
+
+    def _separate(self, names: tuple[str, ...], count: int) -> tuple[str, ...]:
+        assert len(names) == count, f"family '{self.family}' has no separate maps: {names}"
+        return names
 
 
-# Separate q, k, v projections, a gated MLP and no norm over all heads at once: pruning slices rows and columns only.
-FAMILIES = {name: Anatomy(name) for name in ("llama", "mistral", "qwen2", "qwen3")}
+def _mixture(family: str, others: tuple[str, ...]) -> Anatomy:
+    return Anatomy(family, experts="mlp.experts", others=others + _EXPERTS, unprunable="experts are no groups of the pruner")
 
-# What may stand in a block beside its linear maps without being touched by pruning (norms over head_dim or d_model).
-_UNTOUCHED = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "mlp.act_fn"}
+
+_TABLE = (
+    # Separate q, k, v projections, a gated MLP and no norm over all heads at once: pruning slices rows and columns only.
+    Anatomy("llama"),
+    Anatomy("mistral"),
+    Anatomy("qwen2"),
+    Anatomy("qwen3", others=_NORMS + _ACTIVATION + _HEAD_NORMS),
+    Anatomy(
+        "gemma2",
+        others=_SANDWICH + _ACTIVATION,
+        unprunable=_POST_NORMS,
+    ),
+    Anatomy(
+        "gemma3_text",
+        others=_SANDWICH + _ACTIVATION + _HEAD_NORMS,
+        unprunable=_POST_NORMS,
+    ),
+    Anatomy(
+        "phi3",
+        qkv=("self_attn.qkv_proj",),
+        expand=("mlp.gate_up_proj",),
+        others=(*_NORMS, "mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"),
+        unprunable=_FUSED,
+    ),
+    Anatomy(
+        "olmo2",
+        others=("post_attention_layernorm", "post_feedforward_layernorm", *_ACTIVATION, *_HEAD_NORMS),
+        unprunable="its query and key norms go over all heads at once",
+    ),
+    Anatomy(
+        "gpt2",
+        blocks="transformer.h",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        attention="attn",
+        qkv=("attn.c_attn",),
+        output="attn.c_proj",
+        expand=("mlp.c_fc",),
+        down="mlp.c_proj",
+        others=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
+        unprunable=_FUSED,
+    ),
+    Anatomy(
+        "gpt_neox",
+        blocks="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        qkv=("attention.query_key_value",),
+        output="attention.dense",
+        expand=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        others=(*_NORMS, "mlp.act", "post_attention_dropout", "post_mlp_dropout"),
+        unprunable=_FUSED,
+    ),
+    _mixture("mixtral", _NORMS),
+    _mixture("qwen3_moe", _NORMS + _ACTIVATION + _HEAD_NORMS),
+)
+FAMILIES = {anatomy.family: anatomy for anatomy in _TABLE}
+
+
+def family_of(model: PreTrainedModel) -> Anatomy:
+    """The table's entry for `model`, whose modules are taken to be as they were when it was loaded.
+
+    Raises:
+        ModelError: the family is not in the table.
+    """
+    family = str(getattr(model.config, "model_type", type(model).__name__))
+    if family not in FAMILIES:
+        raise ModelError(
+            f"model family '{family}' ({type(model).__name__}) is not recognised; known families: "
+            f"{', '.join(FAMILIES)}. First block: {_first_block_modules(model)}"
+        )
+    return FAMILIES[family]
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -43,25 +161,26 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     Raises:
         ModelError: the family is not in the table, or a module is missing or not recognised; the message names it.
     """
-    family = str(getattr(model.config, "model_type", type(model).__name__))
-    if family not in FAMILIES:
-        raise ModelError(
-            f"model family '{family}' ({type(model).__name__}) is not recognised; known families: "
-            f"{', '.join(FAMILIES)}. First block: {_first_block_modules(model)}"
-        )
-    anatomy = FAMILIES[family]
+    anatomy = family_of(model)
     for name in (anatomy.blocks, anatomy.embedding, anatomy.final_norm):
-        _module(model, name, family)
+        _module(model, name, anatomy.family)
     for index, block in enumerate(blocks_of(model, anatomy)):
-        prefix = f"{anatomy.blocks}.{index}"
-        for name in anatomy.block_linears:
-            if not isinstance(_module(block, name, family, prefix), nn.Linear):
-                raise ModelError(f"module '{prefix}.{name}' of family '{family}' is not a linear layer")
-        for name, module in block.named_modules():
-            leaf = name and not any(True for _ in module.children())
-            if leaf and name not in anatomy.block_linears and name not in _UNTOUCHED:
-                raise ModelError(f"module '{prefix}.{name}' ({type(module).__name__}) of family '{family}' is not recognised")
+        _check_block(block, anatomy, f"{anatomy.blocks}.{index}")
     return anatomy
+
+
+def require_prunable(anatomy: Anatomy) -> None:
+    """Refuse a family that is recognised but not handled by pruning.
+
+    Raises:
+        ModelError: says which family, and why.
+    """
+    if anatomy.unprunable:
+        able = ", ".join(other.family for other in _TABLE if not other.unprunable)
+        raise ModelError(
+            f"model family '{anatomy.family}' is recognised but cannot be pruned yet: {anatomy.unprunable}; "
+            f"families that can: {able}. A run goes as far as `--until curate`"
+        )
 
 
 def blocks_of(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
@@ -81,6 +200,38 @@ def linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), name
     return module
+
+
+def input_width(module: nn.Module) -> int:
+    """Inputs of a linear map; GPT-2's Conv1D keeps its weight as [in, out]."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0]
+    assert isinstance(module, nn.Linear), type(module)
+    return module.in_features
+
+
+def has_experts(block: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether the MLP of this block is a mixture of experts; a family may have both kinds of blocks."""
+    return anatomy.experts is not None and any(name == anatomy.experts for name, _ in block.named_modules())
+
+
+def linears_of(block: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    """The linear maps of this very block: of a mixture of experts only the attention's are modules of their own."""
+    return (*anatomy.qkv, anatomy.output) if has_experts(block, anatomy) else anatomy.block_linears
+
+
+def _check_block(block: nn.Module, anatomy: Anatomy, prefix: str) -> None:
+    linears = linears_of(block, anatomy)
+    for name in (anatomy.attention, anatomy.mlp):
+        _module(block, name, anatomy.family, prefix)
+    for name in linears:
+        if not isinstance(_module(block, name, anatomy.family, prefix), nn.Linear | Conv1D):
+            raise ModelError(f"module '{prefix}.{name}' of family '{anatomy.family}' is not a linear layer")
+    for name, module in block.named_modules():
+        leaf = not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+        if name and leaf and name not in linears and name not in anatomy.others:
+            kind = type(module).__name__
+            raise ModelError(f"module '{prefix}.{name}' ({kind}) of family '{anatomy.family}' is not recognised")
 
 
 def _module(root: nn.Module, name: str, family: str, prefix: str = "") -> nn.Module:

@@ -1,9 +1,14 @@
 """What `finescope check-model` tells of a model before anything runs."""
 
-from typing import Any
+from typing import Any, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
 
 from finescope.config import ModelSection
-from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
+from finescope.errors import ModelError
+from finescope.models.anatomy import Anatomy, anatomy_of, block_parameters, blocks_of, has_experts
+from finescope.models.hooks import HookPoint, Site, hook_width, module_path
 from finescope.models.load import load_meta_model
 from finescope.models.source import resolve
 
@@ -17,31 +22,81 @@ def describe(section: ModelSection) -> dict[str, Any]:
     source = resolve(section)
     model = load_meta_model(source, trust_remote_code=section.trust_remote_code)
     anatomy = anatomy_of(model)
-    config = model.config
-    parameters = dict.fromkeys(anatomy.block_linears, 0)
-    for block in blocks_of(model, anatomy):
-        for name in parameters:
-            parameters[name] += sum(p.numel() for p in block.get_submodule(name).parameters())
-    mlp = (anatomy.gate, anatomy.up, anatomy.down)
+    config, blocks = model.config, blocks_of(model, anatomy)
+    parameters = _parameters(blocks)
     return {
         "path": source.path,
         "kind": source.kind,
         "revision": source.revision,
         "fingerprint": source.fingerprint,
         "family": anatomy.family,
-        "blocks": config.num_hidden_layers,
+        "blocks": len(blocks),
         "d_model": config.hidden_size,
         "heads": config.num_attention_heads,
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "mlp_width": config.intermediate_size,
+        "mlp_width": _mlp_width(model, anatomy),
         "vocab_size": config.vocab_size,
         "tied_embeddings": bool(config.tie_word_embeddings),
         "parameters": model.num_parameters(),
         "block_parameters": block_parameters(model, anatomy),
-        "prunable": {
-            "heads": sum(count for name, count in parameters.items() if name not in mlp),
-            "mlp": sum(parameters[name] for name in mlp),
-        },
+        "capture": "yes, at the sites below",
+        "prune": f"not yet: {anatomy.unprunable}" if anatomy.unprunable else "yes",
+        "sites": _sites(model, len(blocks)),
+        "prunable": {} if anatomy.unprunable else _prunable(anatomy, parameters),
         "modules": parameters,
     }
+
+
+def _parameters(blocks: list[nn.Module]) -> dict[str, int]:
+    """Parameters of each module of a block, over all blocks; together they are the parameters of the blocks."""
+    counts: dict[str, int] = {}
+    for block in blocks:
+        for name, module in block.named_modules():
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            if own:
+                counts[name] = counts.get(name, 0) + own
+    return counts
+
+
+def _prunable(anatomy: Anatomy, parameters: dict[str, int]) -> dict[str, int]:
+    heads, channels = (*anatomy.qkv, anatomy.output), (*anatomy.expand, anatomy.down)
+    return {"heads": sum(parameters[name] for name in heads), "mlp": sum(parameters[name] for name in channels)}
+
+
+def _sites(model: PreTrainedModel, num_layers: int) -> list[dict[str, Any]]:
+    """Where activations can be read: site, the module in each block, input or output of it, width, and in which blocks."""
+    rows = []
+    for site in get_args(Site):
+        found: dict[tuple[str, int], list[int]] = {}
+        for layer in range(1, num_layers + 1):
+            try:
+                path, width = module_path(model, HookPoint(layer, site)), hook_width(model, HookPoint(layer, site))
+            except ModelError:
+                continue  # a mixture of experts has no `mlp_hidden`
+            found.setdefault((path.replace(f".{layer - 1}", ".N", 1), width), []).append(layer)
+        for (path, width), layers in found.items():
+            reads = "input" if site == "mlp_hidden" else "output"
+            rows.append({"site": site, "module": path, "reads": reads, "width": width, "layers": _ranges(layers)})
+    return rows
+
+
+def _ranges(layers: list[int]) -> str:
+    """1, 2, 3, 5 as "1-3, 5"."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and ranges[-1][1] == layer - 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def _mlp_width(model: PreTrainedModel, anatomy: Anatomy) -> int:
+    """d_ff of the first block; in a mixture of experts that of one expert."""
+    block = blocks_of(model, anatomy)[0]
+    if not has_experts(block, anatomy):
+        return hook_width(model, HookPoint(1, "mlp_hidden"))
+    assert anatomy.experts is not None
+    # [experts, d_model, d_ff] in transformers 5
+    return block.get_submodule(anatomy.experts).get_parameter("down_proj").shape[2]

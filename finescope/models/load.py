@@ -3,10 +3,7 @@
 import contextlib
 import io
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +18,9 @@ from finescope import storage
 from finescope.config import ModelSection
 from finescope.errors import ModelError
 from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
+from finescope.models.local_files import local_files, local_gguf
+from finescope.models.nested import NESTED, text_config
 from finescope.models.source import ModelSource
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
 class ModelReference(BaseModel):
@@ -71,7 +68,7 @@ def materialise(source: ModelSource, section: ModelSection, uri: str) -> ModelRe
         allow_pickle=section.allow_pickle,
         fingerprint=source.fingerprint,
         model_type=str(meta.config.model_type),
-        num_layers=meta.config.num_hidden_layers,
+        num_layers=len(blocks_of(meta, anatomy)),
         d_model=meta.config.hidden_size,
         vocab_size=meta.config.vocab_size,
         num_parameters=meta.num_parameters(),
@@ -86,9 +83,11 @@ def reference_of(path: str, like: ModelReference, fingerprint: str) -> ModelRefe
 
 
 def load_config(reference: ModelReference) -> PreTrainedConfig:
-    """The model's configuration; reads no weights."""
-    with _local_files(reference.path, weights=False) as path:
-        return AutoConfig.from_pretrained(path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+    """The model's configuration, of a multimodal one that of its text model; reads no weights."""
+    with local_files(reference.path, weights=False) as path:
+        return text_config(
+            AutoConfig.from_pretrained(path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+        )
 
 
 def load_tokenizer(reference: ModelReference) -> Any:
@@ -97,7 +96,7 @@ def load_tokenizer(reference: ModelReference) -> Any:
     Raises:
         ModelError: there is no tokenizer, or it has neither a pad nor an end-of-text token.
     """
-    with _local_files(reference.path, weights=False) as path:
+    with local_files(reference.path, weights=False) as path:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, revision=reference.revision, trust_remote_code=reference.trust_remote_code, padding_side="right"
@@ -127,11 +126,14 @@ def load_model(
     Raises:
         ModelError: a weight is missing, unknown or of another shape; the dtype is not the reference's.
     """
-    with _local_files(reference.path, weights=True) as path:
-        config = AutoConfig.from_pretrained(path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+    with local_files(reference.path, weights=True) as path:
+        whole = AutoConfig.from_pretrained(path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+        nested, config = NESTED.get(whole.model_type), text_config(whole)
         if num_layers is not None:
             config = _truncated(config, num_layers, reference)
         extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        if nested is not None:
+            extra["key_mapping"] = nested.key_mapping
         try:
             with _quiet():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -150,7 +152,7 @@ def load_model(
         except (OSError, SafetensorError) as error:
             raise ModelError(f"model '{reference.path}': its weights cannot be read: {error}") from error
     model, loading = loaded
-    _check_loaded(model, loading, reference)
+    _check_loaded(model, loading, reference, () if nested is None else nested.left_out)
     return model.eval().requires_grad_(False).to(device if device is not None else default_device())
 
 
@@ -176,9 +178,10 @@ def _source_config(source: ModelSource, trust_remote_code: bool) -> PreTrainedCo
             f"model '{source.path}': model_type '{source.model_type}' is unknown to transformers {transformers.__version__}"
         )
     if source.kind != "gguf":
-        with _local_files(source.path, weights=False) as path:
-            return AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=trust_remote_code)
-    with _local_gguf(source.path) as file:
+        with local_files(source.path, weights=False) as path:
+            config = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=trust_remote_code)
+            return text_config(config)
+    with local_gguf(source.path) as file:
         try:
             return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
         except ValueError as error:
@@ -188,7 +191,7 @@ def _source_config(source: ModelSource, trust_remote_code: bool) -> PreTrainedCo
 def _dequantise(gguf: str, uri: str, config: PreTrainedConfig, dtype: str) -> None:
     """GGUF file to a stock directory: config.json, generation_config.json, tokenizer, one safetensors file."""
     # The progress bar of this one obeys no setting.
-    with _local_gguf(gguf) as file, _quiet(), contextlib.redirect_stderr(io.StringIO()), storage.scratch_directory(uri) as target:
+    with local_gguf(gguf) as file, _quiet(), contextlib.redirect_stderr(io.StringIO()), storage.scratch_directory(uri) as target:
         folder, name = str(file.parent), file.name
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -206,30 +209,32 @@ def _dequantise(gguf: str, uri: str, config: PreTrainedConfig, dtype: str) -> No
 
 
 def _truncated(config: PreTrainedConfig, num_layers: int, reference: ModelReference) -> PreTrainedConfig:
-    """The configuration of the first blocks alone: per-layer lists (layer_types and the like) are cut too."""
+    """The configuration of the first blocks alone: what it lists a layer is cut too."""
     total = config.num_hidden_layers
     if not 1 <= num_layers <= total:
         raise ModelError(f"layer {num_layers}: model '{reference.path}' has blocks 1 to {total}")
     settings = config.to_dict()
-    for name, value in settings.items():
-        if "layer" in name and isinstance(value, list) and len(value) == total:
-            settings[name] = value[:num_layers]
-    settings["num_hidden_layers"] = num_layers
+    if settings.get("layer_types") is not None:
+        settings["layer_types"] = settings["layer_types"][:num_layers]
+    # GPT-2 calls it n_layer.
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = num_layers
     return type(config).from_dict(settings)
 
 
-def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], reference: ModelReference) -> None:
+def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], reference: ModelReference, left_out: tuple[str, ...]) -> None:
     anatomy = anatomy_of(model)
-    dropped = re.compile(re.escape(anatomy.blocks) + r"\.(\d+)\.")
+    # Checkpoints that were saved without a head have no prefix.
+    prefix, _, rest = anatomy.blocks.partition(".")
+    dropped = re.compile(rf"(?:{re.escape(prefix)}\.)?{re.escape(rest)}\.(\d+)\.")
     loaded = len(blocks_of(model, anatomy))
 
-    def of_dropped_block(key: str) -> bool:
+    def not_asked_for(key: str) -> bool:
         match = dropped.match(key)
-        return match is not None and loaded <= int(match.group(1)) < reference.num_layers
+        return key.startswith(left_out) or (match is not None and loaded <= int(match.group(1)) < reference.num_layers)
 
     defects = {
         "missing": sorted(loading["missing_keys"]),
-        "unexpected": sorted(key for key in loading["unexpected_keys"] if not of_dropped_block(key)),
+        "unexpected": sorted(key for key in loading["unexpected_keys"] if not not_asked_for(key)),
         "of another shape": sorted(str(entry[0]) for entry in loading["mismatched_keys"]),
     }
     for defect, keys in defects.items():
@@ -245,34 +250,6 @@ def _resolved_dtype(section: ModelSection, config: PreTrainedConfig, source: Mod
     if source.kind == "gguf" or default_device().type == "cpu":
         return "float32"
     return str(config.dtype or torch.float32).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _local_files(path: str, *, weights: bool) -> Iterator[str]:
-    """A path that transformers can open: a remote directory is copied for as long as the context lasts."""
-    if "://" not in path:
-        yield path
-    elif weights:
-        with storage.local_directory(path) as local:
-            yield str(local)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in storage.list_names(path):
-                if not name.endswith(_WEIGHT_SUFFIXES):
-                    (Path(folder) / name).write_bytes(storage.read_bytes(storage.join(path, name)))
-            yield folder
-
-
-@contextlib.contextmanager
-def _local_gguf(path: str) -> Iterator[Path]:
-    if storage.is_local(path):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "model.gguf"
-        with storage.open_input(path) as remote, open(local, "wb") as file:
-            shutil.copyfileobj(remote, file, 2**24)
-        yield local
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finescope.errors import ModelError
-from finescope.models.anatomy import Anatomy, blocks_of, linear
+from finescope.models.anatomy import Anatomy, blocks_of, linear, require_prunable
 
 Kind = Literal["heads", "mlp"]
 
@@ -40,8 +40,9 @@ def groups_of(model: PreTrainedModel, anatomy: Anatomy) -> Groups:
     """Count the groups of `model` and their parameters.
 
     Raises:
-        ModelError: a weight is quantised, or the blocks differ in shape.
+        ModelError: the family cannot be pruned yet, a weight is quantised, or the blocks differ in shape.
     """
+    require_prunable(anatomy)
     blocks = blocks_of(model, anatomy)
     shapes = [[tuple(linear(block, name).weight.shape) for name in anatomy.block_linears] for block in blocks]
     for index, (block, found) in enumerate(zip(blocks, shapes, strict=True)):

@@ -5,7 +5,6 @@ in order of chunks, so that the result depends on the chunks and not on who summ
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import reduce
 from typing import Literal, NamedTuple
 
@@ -196,20 +195,8 @@ def directional_derivatives(
     def along(direction: Tensor) -> Tensor:
         return torch.func.jvp(values, (embeddings,), (direction,))[1]
 
-    with _forward_mode(model):
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode rule
         return torch.func.vmap(along)(directions)
-
-
-@contextmanager
-def _forward_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without fused attention and grouped products of experts, which have no forward-mode rule."""
-    experts = model.config._experts_implementation
-    model.set_experts_implementation("eager")
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        model.set_experts_implementation(experts)
 
 
 def _draw_signs(attention_mask: Tensor, probes: int, d_model: int, random: np.random.Generator) -> Tensor:

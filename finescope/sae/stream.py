@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finescope.models.hooks import capture
+from finescope.models.hooks import HookPoint, capture
 
 # input_ids [B, T] int64 and attention_mask [B, T], padded on either side.
 TokenBatch = tuple[np.ndarray, np.ndarray]
@@ -33,7 +33,7 @@ def stream_activations(model: PreTrainedModel, batches: Iterable[TokenBatch], la
     for input_ids, attention_mask in batches:
         ids = torch.from_numpy(input_ids).to(model.device)
         mask = torch.from_numpy(attention_mask).to(model.device)
-        yield capture(model, ids, mask, layer)[used_positions(mask)].float()
+        yield capture(model, ids, mask, [HookPoint(layer)])[0][used_positions(mask)].float()
 
 
 def first_documents(batches: Iterator[TokenBatch], count: int) -> list[TokenBatch]:

@@ -7,6 +7,7 @@ from finescope.corpus.documents import read_seeds, read_strings, read_texts
 from finescope.corpus.tokenise import tokenise
 from finescope.errors import CorpusError
 from finescope.manifest import Manifest
+from finescope.models.anatomy import FAMILIES, require_prunable
 from finescope.models.load import load_tokenizer
 from finescope.stages.references import model_of
 
@@ -15,12 +16,16 @@ _LEAST_TOKENS = 2
 
 
 def check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:
-    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do.
+    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do; see that it can be pruned.
 
     Raises:
+        ModelError: `prune` is left, and pruning does not handle the model's family.
         CorpusError: one of them is missing, empty or cannot be read; the message names file and line, or the seed.
     """
-    tokenizer = load_tokenizer(model_of(model))
+    reference = model_of(model)
+    if "prune" in left:
+        require_prunable(FAMILIES[reference.model_type])
+    tokenizer = load_tokenizer(reference)
     if "score" in left:
         seeds = read_seeds(recipe.seeds, recipe.corpus, tokenizer)
         for number, tokens in enumerate(tokenise(tokenizer, seeds, recipe.embed.max_tokens), start=1):

@@ -132,10 +132,10 @@ def test_describe_adds_up(tmp_path: Path) -> None:
 
 
 def test_unknown_family_names_the_modules_of_its_block(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"'gpt2'.*transformer\.h\.0 = GPT2Block\(.*attn\.c_attn"):
+    BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'bloom'.*transformer\.h\.0 = BloomBlock\(.*self_attention\.query_key_value"):
         describe(ModelSection(path=str(tmp_path)))
 
 
