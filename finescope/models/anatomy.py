@@ -38,6 +38,7 @@ class Anatomy:
     down: str = "mlp.down_proj"
     experts: str | None = None  # holds the 3-D weights of all experts; a block that has it has no `expand` and `down`
     others: tuple[str, ...] = _NORMS + _ACTIVATION  # what else may have parameters, or is a leaf
+    stored_masks: tuple[str, ...] = ()  # ends of names that old checkpoints hold and today's code makes itself
     unprunable: str = ""  # why pruning does not handle the family; empty where it does
 
     @property
@@ -47,8 +48,12 @@ class Anatomy:
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """The linear maps of a block without experts: what is pruned, and what LoRA adapts."""
-        return (*self.qkv, self.output, *self.expand, self.down)
+        """The linear maps that every block has: what is pruned, and what LoRA adapts.
+
+        In a family with experts those are the attention's alone, though some of its blocks may be dense.
+        """
+        attention = (*self.qkv, self.output)
+        return attention if self.experts else (*attention, *self.expand, self.down)
 
     @property
     def query(self) -> str:
@@ -119,6 +124,7 @@ _TABLE = (
         expand=("mlp.c_fc",),
         down="mlp.c_proj",
         others=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
+        stored_masks=(".attn.masked_bias",),
         unprunable=_FUSED,
     ),
     Anatomy(
@@ -217,7 +223,8 @@ def has_experts(block: nn.Module, anatomy: Anatomy) -> bool:
 
 def linears_of(block: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
     """The linear maps of this very block: of a mixture of experts only the attention's are modules of their own."""
-    return (*anatomy.qkv, anatomy.output) if has_experts(block, anatomy) else anatomy.block_linears
+    attention = (*anatomy.qkv, anatomy.output)
+    return attention if has_experts(block, anatomy) else (*attention, *anatomy.expand, anatomy.down)
 
 
 def _check_block(block: nn.Module, anatomy: Anatomy, prefix: str) -> None:
