@@ -123,7 +123,9 @@ class SaeSection(Section):
     workers: int = Field(default=1, ge=1, description="processes that train together, each on its share of a step's activations")
     variants: tuple[SaeVariant, ...] = Field(default=(), description="more dictionaries, trained in the same pass")
     recovery_documents: int = Field(
-        default=32, ge=0, description="held-out documents on which the model's loss with the reconstruction spliced in is measured"
+        default=32,
+        ge=0,
+        description="held-out documents on which the model's loss with the reconstruction spliced in is measured",
     )
     cache: bool = Field(default=False, description="keep the activations beside the run, for another training on them")
     seed: Seed = 0

@@ -167,7 +167,7 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
     weights = int((blocks + model.embedding_parameters) * model.bytes_per_parameter)
     trained = 0 if sae.path else min(sae.num_tokens, corpus.documents * corpus.tokens(sae.max_tokens))
     tokens = corpus.documents * corpus.tokens(embed.max_tokens)
-    buffer = 4 * coordinates * min(sae.buffer_tokens, trained)
+    buffer = min(int(sae.buffer_mib * 2**20), 4 * coordinates * trained)
     row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents
     curated = min(recipe.curate.documents, corpus.documents)
     sae_flops = trained * (2 * blocks + 6 * dictionary * sae.epochs)

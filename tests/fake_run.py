@@ -19,15 +19,18 @@ SEEDS = ("Solve the equation x**2 - 1 = 0", "<img src=x onerror=alert(2)>", "Dif
 EVIL = "</pre><script>alert('corpus')</script><a href=\"http://evil.example/\">x</a> & {{ 7 * 7 }}"
 
 
-def build_run(output: str, until: str = "evaluate", control: bool = True, source: bool = True) -> dict[str, Manifest]:
+def build_run(
+    output: str, until: str = "evaluate", control: bool = True, source: bool = True, sae: str = "trained"
+) -> dict[str, Manifest]:
     """Write a run at `output` (local or memory://) up to step `until`; the manifests of its steps.
 
+    `sae`: "trained" (two dictionaries), "adopted" (one that was given) or "old" (before there was a table of latents).
     Of the curated documents rank 1 has the text `EVIL`; 36 of the 40 have the source sympy.
     """
     functions: dict[str, Callable[[StepInput], Outcome]] = {
         "index": lambda step: _index(step, source),
         "model": lambda step: Outcome(facts={"reference": {"num_parameters": 1000, "num_layers": LAYERS}, "source": "tiny"}),
-        "sae": _sae,
+        "sae": lambda step: _sae(step, sae),
         "embed": _embed,
         "score": _score,
         "curate": lambda step: _curate(step, source),
@@ -77,13 +80,47 @@ def _metrics(step: StepInput, curves: dict[str, list[float]], name: str, table: 
     return _put(step, table, rows, schemas.METRICS)
 
 
-def _sae(step: StepInput) -> Outcome:
+def _sae(step: StepInput, kind: str) -> Outcome:
     at = np.arange(1, 41)
-    curves = {"fvu": 0.2 + 0.8 / at, "dead_share": 0.3 * at / 40, "loss": 0.25 + 0.9 / at, "l0": 32 + 0 * at}
-    table = _metrics(step, {name: [float(v) for v in values] for name, values in curves.items()}, "sae")
-    facts = {"num_latents": 4096, "k": 32, "layer": 4, "fvu": 0.21, "dead_share": 0.3, "coordinates": list(range(128))}
-    facts |= {"architecture": "topk", "l0": 32.0, "tokens": 80_000, "history_steps": list(range(10, 401, 10))}
-    return Outcome(tables={"metrics": table}, facts=facts)
+    rows = {"fvu": 0.2 + 0.8 / at, "dead_share": 0.3 * at / 40, "loss": 0.25 + 0.9 / at, "l0": 32 + 0 * at}
+    curves = {name: [float(v) for v in values] for name, values in rows.items()}
+    facts: dict[str, Any] = {"num_latents": 4096, "k": 32, "layer": 4, "architecture": "topk", "coordinates": list(range(128))}
+    trained = {"fvu": 0.21, "dead_share": 0.3, "l0": 32.0, "tokens": 80_000, "history_steps": list(range(10, 401, 10))}
+    if kind == "old":
+        return Outcome(tables={"metrics": _metrics(step, curves, "sae")}, facts=facts | trained)
+    if kind == "adopted":
+        curves, facts = {}, facts | {"path": "given<i>", "fvu": 0.2345, "fvu_recorded": 0.233}
+        dictionaries = {"main": 4096}
+    else:
+        curves |= {f"wide/{name}": [0.9 * v for v in values] for name, values in curves.items()}
+        facts |= trained
+        dictionaries = {"main": 4096, "wide": 8192}
+    for name, scalars in _SCALARS.items():
+        prefix = "" if name == "main" else f"{name}/"
+        for metric, value in scalars.items() if name in dictionaries else ():
+            curves.setdefault(f"{prefix}{metric}", []).append(value)
+    tables = {"metrics": _metrics(step, curves, "sae"), "latents": _put(step, "latents", _latents(dictionaries), schemas.LATENTS)}
+    return Outcome(tables=tables, facts=facts)
+
+
+_SCALARS = {
+    "main": {"fvu": 0.2345, "l0": 32.0, "dead_share": 0.1, "dense_share": 0.0123, "ce_base": 2.913, "ce_spliced": 3.037}
+    | {"ce_zeroed": 11.42, "ce_recovered": 0.98543},
+    "wide": {"fvu": 0.1987, "l0": 31.6, "dead_share": 0.1, "dense_share": 0.0061, "stability": 0.688, "stable_share": 0.512},
+}
+
+
+def _latents(dictionaries: dict[str, int]) -> list[dict[str, Any]]:
+    """Log-normal frequencies of 20,000 activations, a tenth of the latents dead; latent 3 is active on all of them."""
+    random, rows = np.random.default_rng(5), []
+    for name, size in dictionaries.items():
+        active = np.minimum(20_000 * random.lognormal(-6.0, 1.6, size), 20_000).astype(int) + 1
+        active[::10] = 0
+        active[3] = 20_000
+        for latent, count in enumerate(active.tolist()):
+            strength = {"mean_activation": 1.5, "max_activation": 9.0} if count else {}
+            rows.append({"dictionary": name, "latent": latent, "active": count, "frequency": count / 20_000} | strength)
+    return rows
 
 
 def _embed(step: StepInput) -> Outcome:

@@ -5,6 +5,7 @@ Axes and labels get their colours from the page's style sheet, as that knows lig
 
 import hashlib
 import io
+import math
 import re
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import altair as alt
 import polars as pl
 
 KEPT, REST, CONTROL = "#2f7ed8", "#a3acb9", "#d9822b"
+_SERIES = [KEPT, CONTROL, "#2f9e6f", "#9067c6", "#c94f7c", "#7a8594"]
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -59,7 +61,34 @@ def lines(points: pl.DataFrame, title: str) -> str:
                 "x:Q", title="training step", axis=alt.Axis(grid=False, tickCount=5, format="~s"), scale=alt.Scale(nice=False)
             ),
             y=alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=5, format=numbers), scale=alt.Scale(zero=False)),
-            color=alt.Color("series:N", legend=legend, scale=alt.Scale(domain=series, range=[KEPT, CONTROL][: len(series)])),
+            color=alt.Color("series:N", legend=legend, scale=alt.Scale(domain=series, range=_SERIES)),
+        )
+    )
+    return _svg(chart.properties(width=390, height=150, title=title))
+
+
+def frequencies(bins: pl.DataFrame, lowest: float, dense: float, title: str) -> str:
+    """Latents by the share of tokens on which they are active, logarithmic, from `lowest` to 1: columns low, high, latents.
+
+    Those above `dense` are set apart.
+    """
+    least = min(lowest, dense)
+    decades = [10.0**power for power in range(math.ceil(math.log10(least)), 1)]
+    x = alt.X(
+        "low:Q",
+        title="share of the tokens on which a latent is active",
+        scale=alt.Scale(type="log", domain=[least, 1.0]),
+        axis=alt.Axis(grid=False, format="~g", values=decades),
+    )
+    chart = (
+        alt.Chart(bins.with_columns(zero=pl.lit(0), dense=pl.col("low") >= dense))
+        .mark_rect(strokeWidth=0)
+        .encode(
+            x=x,
+            x2="high",
+            y=alt.Y("latents:Q", title="latents", axis=alt.Axis(tickCount=4)),
+            y2="zero",
+            color=alt.condition("datum.dense", alt.value(CONTROL), alt.value(KEPT)),
         )
     )
     return _svg(chart.properties(width=390, height=150, title=title))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import polars as pl
 
-from finescope.analysis import summaries
+from finescope.analysis import latents, summaries
 from finescope.analysis.frames import corpus_sources, frames_of
 from finescope.manifest import Manifest
 
@@ -37,6 +37,16 @@ def _curated(manifests: Mapping[str, Manifest]) -> Summaries:
     return found | {"seeds": summaries.seed_hits(curated, seeds)}
 
 
+def _latents(manifests: Mapping[str, Manifest]) -> Summaries:
+    table = frames_of(manifests, "latents")
+    return {
+        "dictionaries": latents.dictionaries(table),
+        "latents by frequency": latents.frequency_histogram(table, 1),
+        "most frequent latents": latents.most_frequent(table, _NEAR),
+        "least frequent live latents": latents.least_frequent(table, _NEAR),
+    }
+
+
 def _importance(manifests: Mapping[str, Manifest]) -> Summaries:
     return {"pruned groups": summaries.pruned_groups(frames_of(manifests, "importance"))}
 
@@ -54,6 +64,7 @@ def _metrics(manifests: Mapping[str, Manifest]) -> Summaries:
 
 
 _OF_TABLE: dict[str, Callable[[Mapping[str, Manifest]], Summaries]] = {
+    "latents": _latents,
     "scores": _scores,
     "curated": _curated,
     "importance": _importance,

@@ -12,7 +12,9 @@ from markupsafe import Markup
 
 from finescope import storage
 from finescope.analysis import charts, summaries
+from finescope.analysis.curves import curve_charts
 from finescope.analysis.frames import corpus_sources, frame_of, frames_of
+from finescope.analysis.sae_section import sae_section
 from finescope.analysis.table import closing_grid, shown
 from finescope.config import STEPS
 from finescope.manifest import Manifest, now
@@ -21,13 +23,6 @@ REPORT = "report.html"
 _EXAMPLES = 8
 _TEXT_CHARACTERS = 900
 _REWRITES = 3
-_SAE_CURVES = {
-    "fvu": "fraction of variance unexplained",
-    "dead_share": "share of dead latents",
-    "loss": "loss",
-    "l0": "active latents a token",
-}
-_SAE_FACTS = ("layer", "architecture", "num_latents", "k", "fvu", "dead_share", "l0", "tokens", "held_out_tokens")
 _DISTILL_CURVES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
 # Cells of a block's row in the map of its groups: enough to see the shape, few enough to be drawn.
 _CELLS = 48
@@ -70,7 +65,7 @@ def render(output: str, manifests: Mapping[str, Manifest]) -> str:
         target_source=run.facts("evaluate").get("target_source"),
         scores=_scores(run),
         curated=_curated(run),
-        sae=_sae(run),
+        sae=sae_section(run.manifests["sae"]) if "sae" in run.manifests else None,
         pruned=_pruned(run),
         distilled=_distilled(run),
         rewrites=_rewrites(run),
@@ -155,39 +150,13 @@ def _examples(run: _Run, curated: pl.LazyFrame, seeds: list[str]) -> list[dict[s
     return examples
 
 
-def _sae(run: _Run) -> dict[str, Any] | None:
-    if "sae" not in run.manifests:
-        return None
-    facts = run.facts("sae")
-    shown_facts = {name: facts[name] for name in _SAE_FACTS if facts.get(name) is not None}
-    shown_facts["coordinates"] = len(facts.get("coordinates", ()))
-    return {"facts": shown_facts, "charts": _curve_charts(run, "sae", _SAE_CURVES)}
-
-
 def _distilled(run: _Run) -> dict[str, Any] | None:
     if "distill" not in run.manifests:
         return None
     facts = {name: value for name, value in run.facts("distill").items() if isinstance(value, int | float | str)}
-    return {"facts": facts, "charts": _curve_charts(run, "distill", _DISTILL_CURVES)}
-
-
-def _curve_charts(run: _Run, step: str, titles: Mapping[str, str]) -> list[Markup]:
-    """A chart a metric that was recorded more than once; the control student's curve goes into the same."""
-    # `metrics` has no column for the training step: where not every step was recorded, this fact tells which were.
-    recorded = dict(enumerate(run.facts(step).get("history_steps", ()), start=1))
-    series = {"metrics": "recovered" if step == "distill" else step, "control_metrics": "control"}
-    found = [
-        summaries.curves(run.frame(step, table), list(titles)).with_columns(series=pl.lit(label))
-        for table, label in series.items()
-        if run.has(step, table)
-    ]
-    drawn = []
-    for name, title in titles.items():
-        points = pl.concat([frame.filter(pl.col("name") == name) for frame in found]) if found else pl.DataFrame()
-        if points.height > 1:
-            at = pl.col("point").replace(recorded).alias("x")
-            drawn.append(Markup(charts.lines(points.select(at, "value", "series"), title)))
-    return drawn
+    labels = {"metrics": "recovered", "control_metrics": "control"}
+    series = {label: run.frame("distill", table) for table, label in labels.items() if run.has("distill", table)}
+    return {"facts": facts, "charts": curve_charts(series, _DISTILL_CURVES, run.facts("distill").get("history_steps", ()))}
 
 
 def _pruned(run: _Run) -> dict[str, Any] | None:

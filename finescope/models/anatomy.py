@@ -47,8 +47,12 @@ class Anatomy:
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """The linear maps of a block without experts: what is pruned, and what LoRA adapts."""
-        return (*self.qkv, self.output, *self.expand, self.down)
+        """The linear maps that every block has: what is pruned, and what LoRA adapts.
+
+        In a family with experts those are the attention's alone, though some of its blocks may be dense.
+        """
+        attention = (*self.qkv, self.output)
+        return attention if self.experts else (*attention, *self.expand, self.down)
 
     @property
     def query(self) -> str:
@@ -217,7 +221,8 @@ def has_experts(block: nn.Module, anatomy: Anatomy) -> bool:
 
 def linears_of(block: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
     """The linear maps of this very block: of a mixture of experts only the attention's are modules of their own."""
-    return (*anatomy.qkv, anatomy.output) if has_experts(block, anatomy) else anatomy.block_linears
+    attention = (*anatomy.qkv, anatomy.output)
+    return attention if has_experts(block, anatomy) else (*attention, *anatomy.expand, anatomy.down)
 
 
 def _check_block(block: nn.Module, anatomy: Anatomy, prefix: str) -> None:

@@ -57,7 +57,8 @@ class SparseAutoencoder(nn.Module):
         self.d_in = d_in
         weights = {"threshold": torch.zeros_like(weights["encoder_bias"]), **weights}
         basis = weights.get("basis")
-        shapes = weight_shapes(*weights["encoder_weight"].shape, len(weights["coordinates"]) if basis is not None else None)
+        latents, seen = weights["encoder_weight"].shape
+        shapes = weight_shapes(latents, seen, None if basis is None else len(weights["coordinates"]))
         assert weights.keys() == shapes.keys(), (weights.keys(), shapes.keys())
         for name, shape in shapes.items():
             assert tuple(weights[name].shape) == shape, (name, tuple(weights[name].shape), shape)

@@ -4,6 +4,8 @@
 MAIN = "main"
 # A latent that is active on a larger share of the activations is dense.
 DENSE_FREQUENCY = 0.1
+# A latent with a cosine above it to some latent of another seed's dictionary counts as found by both.
+SHARED_COSINE = 0.7
 
 
 def metric_name(dictionary: str, metric: str) -> str:

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from finescope.sae.autoencoder import SparseAutoencoder
+from finescope.sae.naming import SHARED_COSINE
 
-# A latent with a cosine above it to some latent of the other dictionary counts as found by both.
-SHARED_COSINE = 0.7
 # Cosines that exist at a time are at most the square of it: 64 MiB in float32.
 _BLOCK_LATENTS = 4096
 

@@ -50,7 +50,7 @@ class LatentStatistics:
 
         No id twice in a row.
         """
-        assert ids.shape == values.shape and ids.ndim == 2, (tuple(ids.shape), tuple(values.shape))
+        assert ids.shape == values.shape, (tuple(ids.shape), tuple(values.shape))
         self.count += len(ids)
         flat_ids, flat_values = ids.flatten(), values.flatten()
         self.active += torch.bincount(flat_ids[flat_values > 0], minlength=self.num_latents)

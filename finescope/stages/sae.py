@@ -17,7 +17,7 @@ from finescope.models.hooks import HookPoint, module_path
 from finescope.models.load import ModelReference, load_meta_model
 from finescope.runners.base import Context, Resources, Source
 from finescope.sae.chunks import Chunk, plan_chunks
-from finescope.sae.extract import Extractor, SiteColumns
+from finescope.sae.extract import Extractor
 from finescope.sae.fit import FitPlan, work_units
 from finescope.sae.naming import MAIN, metric_name
 from finescope.sae.train import TRAINED, TrainingJob, dictionary_uri, train

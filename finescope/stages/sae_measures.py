@@ -66,3 +66,7 @@ def stabilities(section: SaeSection, uris: Mapping[str, str]) -> list[tuple[str,
             other = load_dictionary(uris[variant.name]).autoencoder
             rows += metric_rows(variant.name, None, None, stability(main, other))
     return rows
+
+
+def adopted(context: Context, documents: DocumentSet, path: str, uri: str) -> tuple[dict[str, Any], list[tuple[str, float, str]]]:
+    raise AssertionError

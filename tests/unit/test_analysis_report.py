@@ -83,7 +83,7 @@ def test_the_figures_are_there(html: str) -> None:
         "duplicate",
     ):
         assert figure in page.text, figure
-    assert page.tags["svg"] == 1 + 4 + 1 + 3
+    assert page.tags["svg"] == 1 + (2 + 4) + 1 + 3
     # The stylesheet's colours are what makes a chart readable in the dark.
     assert 'class="mark-text role-axis-label"' in html
 
@@ -111,3 +111,56 @@ def test_without_control_and_without_sources(tmp_path: Path) -> None:
     assert "random documents" not in page.text
     assert "17.30" not in page.text
     assert "The corpus has no column source" in page.text
+
+
+def _sae(tmp_path: Path, kind: str) -> str:
+    html = render(str(tmp_path), build_run(str(tmp_path), until="sae", sae=kind))
+    return html[html.index('<h2 id="sae">') : html.index('<h2 id="rejects">')]
+
+
+def _rows(html: str) -> dict[str, list[str]]:
+    """Cells of each row of the section's table, by its first one."""
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_metrics_of_every_dictionary(tmp_path: Path) -> None:
+    html = _sae(tmp_path, "trained")
+    rows = _rows(html)
+    assert rows["over the whole measured set"] == ["main", "wide"]
+    # The last value of each name, not the last of the curve (0.22).
+    assert rows["fraction of variance unexplained"] == ["0.2345", "0.1987"]
+    assert rows["active latents a token (L0)"] == ["32.0", "31.6"]
+    assert rows["dead latents: active on no token of the set"] == ["10.0 %", "10.0 %"]
+    assert rows["dense latents: active on more than 10 % of the tokens"] == ["1.2 %", "0.6 %"]
+    assert rows["cross-entropy with the reconstruction spliced in"] == ["3.037", "-"]
+    assert rows["cross-entropy recovered: (zeros - reconstruction) / (zeros - model)"] == ["98.5 %", "-"]
+    assert rows["latents that another seed found as well: largest cosine above 0.7"] == ["-", "51.2 %"]
+    assert html.count("<svg") == 2 + 4
+    text = _Page(html).text
+    for title in ("main: 4,096 latents, 410 dead", "wide: 8,192 latents, 820 dead"):
+        assert title in text
+    assert "fvu" not in text, "what the table says is not said again among the facts"
+
+
+def test_curves_end_with_the_training(tmp_path: Path) -> None:
+    # What is measured at the end goes by the same names as the curves; as a 41st point it would stand at step 41 of 400.
+    lines = re.findall(r'aria-roledescription="line mark" d="M([^"]*)"', _sae(tmp_path, "trained"))
+    assert [line.count("L") + 1 for line in lines] == [40] * 8
+
+
+def test_a_given_dictionary_has_metrics_and_no_curves(tmp_path: Path) -> None:
+    html = _sae(tmp_path, "adopted")
+    assert _rows(html)["fraction of variance unexplained"] == ["0.2345"]
+    assert html.count("<svg") == 1
+    assert "In training" not in html
+    text = _Page(html).text
+    assert "given<i>" in text
+    assert "fvu recorded" in text
+
+
+def test_a_run_from_before_there_were_latents_has_its_facts_and_curves(tmp_path: Path) -> None:
+    html = _sae(tmp_path, "old")
+    assert "<table>" not in html
+    assert html.count("<svg") == 4
+    assert "0.21" in _Page(html).text

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finescope import schemas, storage
-from finescope.distillation import loop
 from finescope.checkpoints import complete_steps
+from finescope.distillation import loop
 from finescope.distillation.engine import OptimizerSettings, PlainEngine
 from finescope.distillation.examples import to_table
 from finescope.distillation.loop import TrainJob, plan, train

@@ -69,6 +69,10 @@ def test_status_tells_running_from_interrupted_from_failed(tmp_path: Path) -> No
 def test_inspect_shows_all_that_the_issue_asks_for(run: str) -> None:
     told = _json("inspect", run)
     titles = {
+        "dictionaries",
+        "latents by frequency",
+        "most frequent latents",
+        "least frequent live latents",
         "score quantiles",
         "around the cut",
         "top latents",
@@ -86,7 +90,9 @@ def test_inspect_shows_all_that_the_issue_asks_for(run: str) -> None:
     assert all(title in out for title in titles)
 
 
-@pytest.mark.parametrize("name", ["documents", "embeddings", "scores", "curated", "rejects", "importance", "rewrites", "metrics"])
+@pytest.mark.parametrize(
+    "name", ["documents", "latents", "embeddings", "scores", "curated", "rejects", "importance", "rewrites", "metrics"]
+)
 def test_inspect_shows_every_table(run: str, name: str) -> None:
     told = _json("inspect", run, name)
     assert told["rows"] >= len(told["head"]) > 0
