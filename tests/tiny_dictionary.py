@@ -22,10 +22,10 @@ _MODULES = {
 
 
 def activations(count: int = 200, d_in: int = D_IN) -> Tensor:
-    """[count, d_in]; means up to some tens, deviations from 0.3 to 3."""
+    """[count, d_in]; means up to some ten, deviations from 0.3 to 3."""
     generator = torch.Generator().manual_seed(7)
     scale = torch.linspace(0.3, 3.0, d_in)
-    return torch.randn(count, d_in, generator=generator) * scale + 10 * torch.randn(d_in, generator=generator)
+    return torch.randn(count, d_in, generator=generator) * scale + 4 * torch.randn(d_in, generator=generator)
 
 
 def tiny_dictionary(architecture: Architecture = "topk", reads: Reads = "some", hook: HookPoint = HookPoint(10)) -> Dictionary:

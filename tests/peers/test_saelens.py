@@ -34,15 +34,17 @@ def metadata(hook: str = "blocks.9.hook_resid_post") -> SAEMetadata:
 
 
 def randomise(sae: torch.nn.Module) -> None:
-    """Weights of the size that SAELens begins with, decoder rows of every norm, biases that count."""
+    """Weights as after some training: decoder rows of every norm, a pre-bias near the mean, biases that count."""
     generator = torch.Generator().manual_seed(5)
-    sizes = {"W_enc": D_IN**-0.5, "W_dec": D_IN**-0.5, "b_enc": 0.3, "b_dec": 1.0}
+    sizes = {"W_enc": D_IN**-0.5, "W_dec": D_IN**-0.5, "b_enc": 0.3, "b_dec": 0.3}
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             if name in sizes:
                 parameter.copy_(sizes[name] * torch.randn(parameter.shape, generator=generator))
             if name == "W_dec":
-                parameter.mul_(torch.rand(len(parameter), 1, generator=generator) * 2 + 0.1)
+                parameter.mul_(torch.rand(len(parameter), 1, generator=generator) + 0.1)
+            if name == "b_dec":
+                parameter.add_(activations().mean(0))
             if name == "threshold":
                 parameter.copy_(2 * torch.rand(parameter.shape, generator=generator))
 
