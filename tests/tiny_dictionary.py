@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finescope.models.hooks import HookPoint
 from finescope.sae.autoencoder import Architecture, SparseAutoencoder, fold
-from finescope.sae.record import Dictionary
+from finescope.sae.record import Dictionary, record_of
 
 ARCHITECTURES: tuple[Architecture, ...] = ("topk", "batch_topk", "jumprelu", "relu_l1")
 D_IN, NUM_LATENTS, K = 64, 256, 8
@@ -55,15 +55,14 @@ def tiny_dictionary(architecture: Architecture = "topk", reads: Reads = "some", 
     if basis is not None:
         weights["basis"] = basis
     autoencoder = SparseAutoencoder({**weights, "coordinates": coordinates}, architecture=architecture, k=K, d_in=D_IN)
-    return Dictionary(autoencoder, hook, "pca" if basis is not None else "jacobian", "org/model", "abc", "f" * 64, _MODULES[hook.site], 0.25)
+    method = "jacobian" if basis is None else "pca"
+    return Dictionary(autoencoder, hook, method, "org/model", "abc", "f" * 64, _MODULES[hook.site], 0.25)
 
 
 def assert_same(found: Dictionary, expected: Dictionary) -> None:
     """Equal records, equal shapes, equal codes and reconstructions (to rounding)."""
-    for name in ("hook", "coordinates_method", "model_path", "model_revision", "model_fingerprint", "module", "fvu", "moments_known"):
-        assert getattr(found, name) == getattr(expected, name), name
+    assert record_of(found) == record_of(expected)
     ours, theirs = found.autoencoder, expected.autoencoder
-    assert (ours.architecture, ours.k, ours.d_in) == (theirs.architecture, theirs.k, theirs.d_in)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name in ("coordinates", "mean", "scale", "threshold", *(("basis",) if theirs.basis is not None else ())):
         assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name]), name

@@ -118,7 +118,7 @@ def test_there_and_back(tmp_path: Path, reads: Reads, remote: bool) -> None:
 
 
 def test_what_sparsify_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(DictionaryError, match="topk dictionaries only, this one is jumprelu; .*sae-lens"):
+    with pytest.raises(DictionaryError, match=r"topk dictionaries only, this one is jumprelu; .*sae-lens"):
         save_sparsify(str(tmp_path / "run"), tiny_dictionary("jumprelu"))
     with pytest.raises(DictionaryError, match="site mlp_hidden, the input of one"):
         save_sparsify(str(tmp_path / "run"), tiny_dictionary("topk", "all", HookPoint(10, "mlp_hidden")))
