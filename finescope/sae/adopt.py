@@ -114,8 +114,8 @@ class _Sums:
         zeros = torch.zeros_like(autoencoder.mean, dtype=torch.float64)
         self.count = 0
         self._mean, self._spread, self._error = zeros, zeros, zeros
-        # Over documents, of squared error e in standardised units and of tokens n: e e, e n, n n.
-        self._products = torch.zeros(3, dtype=torch.float64)
+        # Over documents, of squared error e and squared distance v to the training mean, both standardised: v, e e, e v, v v.
+        self._products = torch.zeros(4, dtype=torch.float64)
 
     def update(self, activations: Tensor, lengths: Tensor) -> None:
         """Take activations [N, d_in] of documents of `lengths` [B] tokens that are used, N in all."""
@@ -128,11 +128,12 @@ class _Sums:
         self._spread = self._spread + (seen - mean).square().sum(0) + apart.square() * (self.count * len(seen) / total)
         self._mean = self._mean + apart * (len(seen) / total)
         self.count = total
-        tokens = (squares / self._autoencoder.scale.double().square()).sum(1)
+        scale = self._autoencoder.scale.double()
+        distances = ((seen - self._autoencoder.mean.double()) / scale).square().sum(1)
         document = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        errors = tokens.new_zeros(len(lengths)).index_add_(0, document, tokens).cpu()
-        counts = lengths.double().cpu()
-        self._products += torch.stack([errors @ errors, errors @ counts, counts @ counts])
+        e = distances.new_zeros(len(lengths)).index_add_(0, document, (squares / scale.square()).sum(1)).cpu()
+        v = distances.new_zeros(len(lengths)).index_add_(0, document, distances).cpu()
+        self._products += torch.stack([v.sum(), e @ e, e @ v, v @ v])
 
     def give_moments(self) -> None:
         """Give the autoencoder mean and standard deviation of what was seen; a constant coordinate has scale 1."""
@@ -146,14 +147,13 @@ class _Sums:
         return error / total if total > 0 else math.nan
 
     def fvu_error(self) -> float:
-        """Its standard error, documents being drawn and not tokens, the variance taken as known (linearised ratio).
+        """Its standard error as a ratio of two sums over documents (linearised), documents being drawn and not tokens.
 
-        Only of a scale that was there from the first activation on.
+        Only of a mean and a scale that were there from the first activation on.
         """
-        error, total = self._standardised()
-        rate = error / self.count
-        squared, mixed, counts = self._products.tolist()
-        return math.sqrt(max(squared - 2 * rate * mixed + rate * rate * counts, 0.0)) / total if total > 0 else math.nan
+        total, errors, mixed, distances = self._products.tolist()
+        fvu = self.fvu()
+        return math.sqrt(max(errors - 2 * fvu * mixed + fvu * fvu * distances, 0.0)) / total if total > 0 else math.nan
 
     def _standardised(self) -> tuple[float, float]:
         """Squared error and squared distance to the mean, over all activations."""

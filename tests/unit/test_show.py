@@ -8,11 +8,10 @@ import pytest
 from fake_run import CURATED, SCORED, build_run
 from typer.testing import CliRunner
 
-from finescope import manifest, show, storage
+from finescope import manifest, show
 from finescope.analysis.frames import manifests_of
 from finescope.cli import app
 from finescope.config import STEPS
-from finescope.errors import UserError
 from finescope.manifest import StepState
 
 
@@ -135,50 +134,6 @@ def test_a_missing_run_is_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> 
     _, error = _call(command, str(tmp_path), *rest, code=2)
     assert error.startswith(f"finescope: no run at '{tmp_path}': it has no run.json")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_export_copies_the_student_as_it_is(run: str, tmp_path: Path) -> None:
-    to = tmp_path / "deep" / "student"
-    assert _call("export", run, "--to", str(to))[0].strip() == str(to)
-    assert sorted(file.name for file in to.iterdir()) == ["config.json", "model.safetensors"]
-    assert (to / "model.safetensors").read_bytes() == b"recovered"
-    assert [file.name for file in to.parent.iterdir()] == ["student"]
-    _, error = _call("export", run, "--to", str(to), code=2)
-    assert "expected a directory that is empty or not there yet" in error
-    (tmp_path / "empty").mkdir()
-    _call("export", run, "--to", str(tmp_path / "empty"))
-    assert (tmp_path / "empty" / "config.json").exists()
-
-
-def test_export_takes_the_pruned_model_where_nothing_was_trained(tmp_path: Path) -> None:
-    output = str(tmp_path / "run")
-    build_run(output, until="prune")
-    show.export_run(output, "hf", str(tmp_path / "student"))
-    assert (tmp_path / "student" / "model.safetensors").read_bytes() == b"pruned"
-    build_run(str(tmp_path / "short"), until="curate")
-    with pytest.raises(UserError, match="no student yet"):
-        show.export_run(str(tmp_path / "short"), "hf", str(tmp_path / "none"))
-
-
-def test_export_of_a_run_in_memory() -> None:
-    build_run("memory://show-run")
-    assert show.export_run("memory://show-run", "hf", "memory://show-export") == "memory://show-export"
-    assert storage.read_json("memory://show-export/config.json")["kind"] == "recovered"
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("onnx", "no such format; formats: hf, sae-lens, sparsify, gguf"),
-        ("gguf", "convert_hf_to_gguf.py"),
-        ("sae-lens", "not in this version; the dictionary"),
-        ("sparsify", "/sae/dictionary"),
-    ],
-)
-def test_formats_that_are_not_there(run: str, tmp_path: Path, name: str, expected: str) -> None:
-    _, error = _call("export", run, "--format", name, "--to", str(tmp_path / "x"), code=2)
-    assert expected in error
-    assert not (tmp_path / "x").exists()
 
 
 def test_the_closing_table_ends_with_the_report(run: str, capsys: pytest.CaptureFixture[str]) -> None:
