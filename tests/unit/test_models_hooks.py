@@ -129,7 +129,8 @@ def test_spliced_value_is_what_the_rest_of_the_model_gets(family: str) -> None:
     (after,) = capture(model, IDS, mask, [HookPoint(4)])
     with spliced(model, HookPoint(2), lambda found: value.flip(0)):
         (swapped,) = capture(model, IDS, mask, [HookPoint(4)])
-    assert torch.equal(swapped, after.flip(0)), "documents are swapped in block 2, and nothing mixes documents"
+    # Documents are swapped in block 2 and nothing mixes them, but for the shapes of an expert's products.
+    torch.testing.assert_close(swapped, after.flip(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
