@@ -113,8 +113,8 @@ class SaeSection(Section):
     num_tokens: int = Field(default=2_000_000, ge=1, description="activations trained on, in all")
     max_tokens: int = Field(default=512, ge=2, description="tokens of a document that are read, counted from its start")
     batch_tokens: int = Field(default=2048, ge=1, description="activations a training step, over all workers")
-    buffer_mib: int = Field(
-        default=256, ge=1, description="memory of the shuffle buffer; a checkpoint is kept each time it is used up"
+    buffer_mib: float = Field(
+        default=256.0, gt=0.0, description="memory of the shuffle buffer; a checkpoint is kept each time it is used up"
     )
     epochs: int = Field(default=1, ge=1, description="passes over each filled shuffle buffer")
     learning_rate: float = Field(default=1e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")

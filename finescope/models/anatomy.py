@@ -38,6 +38,7 @@ class Anatomy:
     down: str = "mlp.down_proj"
     experts: str | None = None  # holds the 3-D weights of all experts; a block that has it has no `expand` and `down`
     others: tuple[str, ...] = _NORMS + _ACTIVATION  # what else may have parameters, or is a leaf
+    stored_masks: tuple[str, ...] = ()  # ends of names that old checkpoints hold and today's code makes itself
     unprunable: str = ""  # why pruning does not handle the family; empty where it does
 
     @property
@@ -123,6 +124,7 @@ _TABLE = (
         expand=("mlp.c_fc",),
         down="mlp.c_proj",
         others=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
+        stored_masks=(".attn.masked_bias",),
         unprunable=_FUSED,
     ),
     Anatomy(

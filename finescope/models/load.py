@@ -230,7 +230,8 @@ def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], reference: Mo
 
     def not_asked_for(key: str) -> bool:
         match = dropped.match(key)
-        return key.startswith(left_out) or (match is not None and loaded <= int(match.group(1)) < reference.num_layers)
+        spare = key.startswith(left_out) or key.endswith(anatomy.stored_masks)
+        return spare or (match is not None and loaded <= int(match.group(1)) < reference.num_layers)
 
     defects = {
         "missing": sorted(loading["missing_keys"]),

@@ -12,7 +12,7 @@ from finescope.models.hooks import spliced
 from finescope.models.likelihood import check_logits, token_nll
 from finescope.runners.base import Progress
 from finescope.sae.autoencoder import SparseAutoencoder
-from finescope.sae.dictionary import Dictionary
+from finescope.sae.record import Dictionary
 from finescope.sae.statistics import latent_chunks
 from finescope.sae.stream import TokenBatch, used_positions
 

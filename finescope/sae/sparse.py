@@ -6,6 +6,7 @@ needed are torch's own kernels on CPU and GPU alike: an embedding bag over the l
 over the activations of a latent (the same entries sorted by latent), and a sampled matrix product.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -47,8 +48,7 @@ class Pattern:
     def products(self, activations: Tensor, latents: Tensor) -> Tensor:
         """[M]: the scalar product of each entry's row of `activations` [N, C] with its row of `latents` [L, C]."""
         shape = (self.num_rows, self.num_latents)
-        zeros = activations.new_zeros(len(self.ids))
-        entries = torch.sparse_csr_tensor(self.offsets, self.ids, zeros, shape, check_invariants=False)
+        entries = _compressed(self.offsets, self.ids, activations.new_zeros(len(self.ids)), shape)
         return torch.sparse.sampled_addmm(entries, activations, latents.T, beta=0.0).values()
 
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +118,13 @@ class _DecodeAt(Function):
         pattern: Pattern = context.pattern
         gradient = gradient.contiguous()
         return pattern.products(gradient, weight), pattern.collect(values, gradient), None
+
+
+def _compressed(offsets: Tensor, ids: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        # torch says once a process that its sparse layouts may change; the versions that are tested are pinned.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(offsets, ids, values, shape, check_invariants=False)
 
 
 def _bags(ids: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

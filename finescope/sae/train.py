@@ -12,11 +12,12 @@ from finescope import storage
 from finescope.models.load import ModelReference, default_device
 from finescope.runners.base import Progress, TableStream
 from finescope.sae.autoencoder import SparseAutoencoder
-from finescope.sae.dictionary import Dictionary, save_dictionary
+from finescope.sae.dictionary import save_dictionary
 from finescope.sae.extract import SiteColumns, activations_of
 from finescope.sae.fit import FitPlan, FitResult, fit
 from finescope.sae.metrics import metric_rows
 from finescope.sae.naming import MAIN
+from finescope.sae.record import Dictionary
 from finescope.sae.statistics import latents_table
 
 TRAINED = "trained.json"

@@ -59,7 +59,8 @@ def sae(context: Context, corpus: CorpusSection, section: SaeSection, step: Step
     given = DocumentSet(model, corpus, section.max_tokens, tuple(documents.held_out))
     tables: dict[str, tuple[TableFile, ...]] = {}
     if section.path is not None:
-        facts, rows = adopted(context, given, section.path, step.uri)
+        facts, rows, latents = adopted(context, given, section.path, dictionary_uri(step.uri, MAIN))
+        tables["latents"] = write_table(step.uri, "latents", latents)
         names = (MAIN,)
     else:
         facts, rows, tables["latents"] = _train(context, model, corpus, section, documents, step)

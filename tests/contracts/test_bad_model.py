@@ -11,7 +11,7 @@ from bad_inputs import Case, refused
 from cli_runs import finescope, states
 from safetensors.torch import load_file
 from tiny_run import write_inputs
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finescope import plan, storage
 
@@ -31,17 +31,35 @@ def model(inputs: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_an_unknown_architecture(inputs: Path, tmp_path: Path, command: str) -> None:
-    path = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=50, n_positions=16)).save_pretrained(path)
+    path = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=50)).save_pretrained(path)
     case = Case(inputs, tmp_path, model={"path": str(path)})
     ended = case.run(command=command)
-    said = ("model family 'gpt2' (GPT2LMHeadModel) is not recognised", "transformer.h.0", "attn.c_attn")
+    said = ("model family 'bloom' (BloomForCausalLM) is not recognised", "transformer.h.0", "self_attention.query_key_value")
     refused(ended, *said)
     assert ended.errors[1:] == [_HINT]
     assert not case.output.exists()
     checked = finescope("check-model", str(path))
     refused(checked, *said)
     assert checked.errors[0] == ended.errors[0]
+
+
+def test_a_family_that_cannot_be_pruned_is_refused_before_the_dear_steps(inputs: Path, tmp_path: Path, model: Path) -> None:
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    sizes = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 512, "vocab_size": words, "initializer_range": 0.2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=2, pad_token_id=1)).save_pretrained(model)
+    case = Case(inputs, tmp_path, model={"path": str(model)})
+    ended = case.run()
+    refused(ended, "family 'gpt2' is recognised but cannot be pruned yet: query, key and value are one", "--until curate")
+    assert ended.errors[1:] == [_HINT]
+    assert states(case.output) == {"index": "done", "model": "done"}
+    curated = case.run("--until", "curate")
+    assert curated.code == 0, curated.err
+    assert states(case.output)["curate"] == "done"
+    refused(case.run(), "cannot be pruned yet")
+    checked = finescope("check-model", str(model))
+    assert "not yet: query, key and value are one fused map" in checked.out
+    assert "transformer.h.N.attn.c_proj" in checked.out
 
 
 def test_check_model_tells_of_a_known_architecture(inputs: Path) -> None:

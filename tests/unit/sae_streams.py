@@ -48,7 +48,9 @@ def stream_of(chunks: Sequence[Tensor]) -> ActivationStream:
     return lambda start, stop, step: (chunks[number].numpy() for number in range(start, stop, step))
 
 
-def plan_of(sections: Sequence[SaeSection], chunks: Sequence[Tensor], held_out: int = 1, checkpoints: str | None = None) -> FitPlan:
+def plan_of(
+    sections: Sequence[SaeSection], chunks: Sequence[Tensor], held_out: int = 1, checkpoints: str | None = None
+) -> FitPlan:
     """Dictionaries that all see every column."""
     width = chunks[0].shape[1]
     return FitPlan(tuple(sections), ((0, width),) * len(sections), len(chunks), held_out, checkpoints)

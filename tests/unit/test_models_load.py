@@ -108,6 +108,23 @@ def test_checkpoint_that_was_saved_without_a_head(tmp_path: Path, family: str) -
     assert torch.equal(ours, capture(model, IDS, torch.ones_like(IDS), hook)[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [("gpt2", ("attn.bias", "attn.masked_bias")), ("gpt_neox", ("attention.bias", "attention.rotary_emb.inv_freq"))],
+)
+def test_masks_of_old_checkpoints_are_left_aside(tmp_path: Path, family: str, masks: tuple[str, ...]) -> None:
+    saved_model(tmp_path, family)
+    weights = load_file(tmp_path / "model.safetensors")
+    blocks = "transformer.h" if family == "gpt2" else "gpt_neox.layers"
+    weights |= {f"{blocks}.{layer}.{mask}": torch.ones(1, 1, 8, 8) for layer in range(4) for mask in masks}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for num_layers in (2, None):
+        load_model(reference(tmp_path), num_layers=num_layers, device="cpu")
+    save_file(weights | {f"{blocks}.1.attn.other": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are unexpected, among them '.*\.1\.attn\.other'"):
+        load_model(reference(tmp_path), num_layers=2, device="cpu")
+
+
 @pytest.mark.parametrize("layout", ["hub", "classes"])
 def test_text_model_inside_a_multimodal_one(tmp_path: Path, layout: str) -> None:
     saved_multimodal_model(tmp_path)
@@ -186,6 +203,24 @@ def test_pickle_weights_load_where_they_are_allowed(tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     assert load_model(reference(tmp_path, allow_pickle=True), device="cpu").dtype == torch.float32
+
+
+def test_remote_code_runs_where_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    directory = saved_model(tmp_path / "model", "llama")
+    (directory / "modeling_ours.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass Ours(LlamaForCausalLM):\n    ours = True\n"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_ours.Ours"}}))
+    with pytest.raises(ModelError, match=r"model\.trust_remote_code: true"):
+        reference(directory)
+    model = load_model(reference(directory, trust_remote_code=True), num_layers=2, device="cpu")
+    assert getattr(model, "ours", False)
+    (ours,) = capture(model, IDS, torch.ones_like(IDS), [HookPoint(2)])
+    assert torch.equal(ours, capture(tiny_model("llama"), IDS, torch.ones_like(IDS), [HookPoint(2)])[0])
 
 
 def test_remote_directory_loads(tmp_path: Path) -> None:

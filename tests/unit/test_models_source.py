@@ -126,11 +126,12 @@ def test_directories_that_are_no_models(tmp_path: Path) -> None:
 
 
 def test_hub_model_from_the_cache_without_a_network(tmp_path: Path) -> None:
-    commit = "a" * 40
+    commits = {"main": "a" * 40, "v1": "b" * 40}
     repository = tmp_path / "hub" / "models--org--tiny"
-    saved_model(repository / "snapshots" / commit, "qwen3")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs").mkdir(parents=True)
+    for blocks, (name, commit) in zip((4, 3), commits.items(), strict=True):
+        saved_model(repository / "snapshots" / commit, "qwen3", num_layers=blocks)
+        (repository / "refs" / name).write_text(commit)
     program = (
         "from finescope.config import ModelSection\n"
         "from finescope.models.load import load_model, materialise\n"
@@ -138,7 +139,11 @@ def test_hub_model_from_the_cache_without_a_network(tmp_path: Path) -> None:
         "section = ModelSection(path='org/tiny')\n"
         "reference = materialise(resolve(section), section, 'unused')\n"
         "assert load_model(reference, num_layers=2).config.num_hidden_layers == 2\n"
-        "print(reference.revision)\n"
+        "print(reference.revision, reference.num_layers)\n"
+        "section = ModelSection(path='org/tiny', revision='v1')\n"
+        "reference = materialise(resolve(section), section, 'unused')\n"
+        "assert load_model(reference).config.num_hidden_layers == 3\n"
+        "print(reference.revision, reference.num_layers)\n"
         "resolve(ModelSection(path='org/other'))\n"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
@@ -146,5 +151,5 @@ def test_hub_model_from_the_cache_without_a_network(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120
     )
-    assert done.stdout.strip() == commit, done.stderr
+    assert done.stdout.split() == [commits["main"], "4", commits["v1"], "3"], done.stderr
     assert "ModelError: model.path 'org/other'" in done.stderr

@@ -1,45 +1,81 @@
+import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from finescope.sae.stream import fill_buffers
+from finescope.sae.stream import ShuffleBuffer, used_positions
 
-
-def chunks(total: int, size: int) -> Iterator[Tensor]:
-    yield from torch.arange(float(total))[:, None].split(size)
+CPU = torch.device("cpu")
 
 
-def cut(total: int, size: int, **settings: int) -> tuple[list[list[float]], list[float]]:
-    fills = [
-        (fill.activations[:, 0].tolist(), fill.held_out[:, 0].tolist(), fill.last)
-        for fill in fill_buffers(chunks(total, size), **settings)
-    ]
-    assert [last for _, _, last in fills] == [False] * (len(fills) - 1) + [True]
-    return [trained for trained, _, _ in fills], fills[-1][1]
+class Source:
+    """Chunks of rising numbers, some of them empty; remembers which were opened."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        ends = np.cumsum([0, *sizes])
+        self.chunks = [np.arange(a, b, dtype=np.float32)[:, None] for a, b in itertools.pairwise(ends)]
+        self.read: list[int] = []
+
+    def __call__(self, start: int, stop: int, step: int) -> Iterator[np.ndarray]:
+        for number in range(start, stop, step):
+            self.read.append(number)
+            yield self.chunks[number]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 100])
-def test_fills_follow_the_stream_and_the_tail_is_held_out(size: int) -> None:
-    fills, tail = cut(1000, size, num_tokens=20, held_out=4, buffer_tokens=8)
+def values(fill: torch.Tensor) -> list[float]:
+    return fill[:, 0].tolist()
+
+
+@pytest.mark.parametrize("sizes", [[10, 10], [3, 0, 7, 10], [20], [1] * 20, [0, 0, 20, 0]])
+def test_fills_follow_the_stream(sizes: list[int]) -> None:
+    buffer = ShuffleBuffer(Source(sizes), range(len(sizes)), 8, 1, CPU)
+    fills = []
+    while not buffer.ended():
+        fills.append(values(buffer.fill(100)))
     assert [len(fill) for fill in fills] == [8, 8, 4]
-    assert [value for fill in fills for value in fill] == [float(i) for i in range(20)]
-    assert tail == [20.0, 21.0, 22.0, 23.0]
+    assert [value for fill in fills for value in fill] == [float(number) for number in range(20)]
+    assert values(buffer.fill(5)) == []
 
 
-@pytest.mark.parametrize(("total", "trained"), [(12, 10), (24, 20), (3, 1), (18, 15)])
-def test_stream_that_ends_early_gives_the_same_share(total: int, trained: int) -> None:
-    fills, tail = cut(total, 5, num_tokens=20, held_out=4, buffer_tokens=100)
-    assert [value for fill in fills for value in fill] == [float(i) for i in range(trained)]
-    assert tail == [float(i) for i in range(trained, total)]
+def test_a_share_reads_its_chunks_alone() -> None:
+    source = Source([2] * 6)
+    buffer = ShuffleBuffer(source, range(1, 6, 2), 100, 1, CPU)
+    assert values(buffer.fill(100)) == [2, 3, 6, 7, 10, 11]
+    assert source.read == [1, 3, 5]
 
 
-def test_no_more_is_read_than_is_needed() -> None:
-    stream = chunks(1000, 4)
-    list(fill_buffers(stream, num_tokens=8, held_out=1, buffer_tokens=8))
-    assert next(stream)[0, 0] == 12
+def test_no_more_is_read_than_is_asked_for() -> None:
+    source = Source([4] * 10)
+    buffer = ShuffleBuffer(source, range(10), 8, 1, CPU)
+    assert values(buffer.fill(6)) == [0, 1, 2, 3, 4, 5]
+    assert source.read == [0, 1]
 
 
-def test_empty_stream_gives_nothing() -> None:
-    assert not list(fill_buffers(iter(()), num_tokens=8, held_out=1, buffer_tokens=8))
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_a_buffer_goes_on_where_another_stood(cut: int) -> None:
+    sizes = [5, 0, 3, 9, 1, 6]
+    whole, first, second = (ShuffleBuffer(Source(sizes), range(6), 5, 1, CPU) for _ in range(3))
+    expected = [values(whole.fill(100)) for _ in range(5)]
+    for _ in range(cut):
+        first.fill(100)
+    assert not first.ended()
+    second.resume(first.chunk, first.offset)
+    assert [values(second.fill(100)) for _ in range(5 - cut)] == expected[cut:]
+
+
+def test_an_empty_stream_has_ended() -> None:
+    assert ShuffleBuffer(Source([]), range(0), 8, 1, CPU).ended()
+    assert ShuffleBuffer(Source([0, 0]), range(2), 8, 1, CPU).ended()
+
+
+def test_memory_is_the_buffer_whatever_is_read() -> None:
+    buffer = ShuffleBuffer(Source([50] * 40), range(40), 8, 1, CPU)
+    places = {buffer.fill(100).data_ptr() for _ in range(200)}
+    assert len(places) == 1
+
+
+def test_the_first_token_is_left_out_on_either_side_of_the_padding() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 1]])
+    assert used_positions(mask).int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
