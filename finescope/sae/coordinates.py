@@ -5,9 +5,9 @@ in order of chunks, so that the result depends on the chunks and not on who summ
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import safetensors.torch
@@ -35,7 +35,8 @@ class Coordinates(NamedTuple):
     scores: Tensor  # [width] float64, of each coordinate; pca: variance along each principal direction, falling
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """What some documents add up to. An observation is made of one token: |a| (magnitude), a (variance, pca), or the
     square of the derivative along one probe (jacobian).
     """
@@ -56,7 +57,7 @@ class Sums(NamedTuple):
         return cls(int(tensors["count"]), tensors["total"], tensors.get("scatter"))
 
 
-def reads_activations(method: str) -> bool:
+def reads_activations(method: str) -> TypeGuard[SummedMethod]:
     """Whether a method needs documents at all; `random` and `all` do not."""
     return method not in ("random", "all")
 
@@ -70,7 +71,7 @@ def choose_coordinates(
         StepFailed: as `coordinates_of`.
     """
     sums = None
-    if section.method != "random" and section.method != "all":
+    if reads_activations(section.method):
         scorer = CoordinateScorer(model, hook, section.method, section.probes, seed)
         sums = scorer(_first_documents(batches, section.documents), 0)
     return coordinates_of(sums, section, hook_width(model, hook), seed)
@@ -196,20 +197,8 @@ def directional_derivatives(
     def along(direction: Tensor) -> Tensor:
         return torch.func.jvp(values, (embeddings,), (direction,))[1]
 
-    with _forward_mode(model):
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode rule
         return torch.func.vmap(along)(directions)
-
-
-@contextmanager
-def _forward_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without fused attention and grouped products of experts, which have no forward-mode rule."""
-    experts = model.config._experts_implementation
-    model.set_experts_implementation("eager")
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        model.set_experts_implementation(experts)
 
 
 def _draw_signs(attention_mask: Tensor, probes: int, d_model: int, random: np.random.Generator) -> Tensor:
