@@ -59,6 +59,20 @@ def tiny_dictionary(architecture: Architecture = "topk", reads: Reads = "some", 
     return Dictionary(autoencoder, hook, method, "org/model", "abc", "f" * 64, _MODULES[hook.site], 0.25)
 
 
+def decided(autoencoder: SparseAutoencoder, raw: Tensor) -> Tensor:
+    """The rows of `raw` [N, d_in] on whose active latents rounding has no say: none is within 1e-4 of the cut."""
+    pre = torch.relu(
+        (autoencoder.select(raw) - autoencoder.decoder_bias) @ autoencoder.encoder_weight.T + autoencoder.encoder_bias
+    )
+    if autoencoder.architecture == "topk":
+        ordered = pre.topk(autoencoder.k + 1, dim=1).values
+        clear = ordered[:, -2] - ordered[:, -1] > 1e-4
+    else:
+        clear = ((pre - autoencoder.threshold).abs() > 1e-4).logical_or(autoencoder.threshold == 0).all(1)
+    assert clear.float().mean() > 0.5
+    return raw[clear]
+
+
 def assert_same(found: Dictionary, expected: Dictionary) -> None:
     """Equal records, equal shapes, equal codes and reconstructions (to rounding)."""
     assert record_of(found) == record_of(expected)
@@ -66,6 +80,6 @@ def assert_same(found: Dictionary, expected: Dictionary) -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name in ("coordinates", "mean", "scale", "threshold", *(("basis",) if theirs.basis is not None else ())):
         assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name]), name
-    raw = activations()
+    raw = decided(theirs, activations())
     torch.testing.assert_close(ours.encode(raw), theirs.encode(raw), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours(raw), theirs(raw), rtol=1e-5, atol=1e-4)

@@ -30,10 +30,7 @@ class WideWeights(NamedTuple):
 
 
 class Kept(BaseModel):
-    """`metadata.finescope` in another tool's `cfg.json`: what its layout has no place for.
-
-    As JSON and not as a file of its own, so that it is still there after the other tool has loaded and saved it again.
-    """
+    """What another tool's layout has no place for, as JSON beside the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +41,7 @@ class Kept(BaseModel):
 
 
 def kept_of(dictionary: Dictionary) -> dict[str, Any]:
-    """The value of `metadata.finescope`."""
+    """What `narrow` needs besides the weights, ready for JSON."""
     autoencoder = dictionary.autoencoder
     basis = autoencoder.basis
     kept = Kept(
@@ -78,18 +75,18 @@ def widen(autoencoder: SparseAutoencoder) -> WideWeights:
 
 
 def narrow(kept: Any, wide: WideWeights, where: str) -> Dictionary:
-    """The dictionary that `widen` and `kept_of` were made from.
+    """The dictionary that `widen` and `kept_of` were made from; `where` names the file and the key that `kept` stands in.
 
     Raises:
         DictionaryError: `kept` is not such a record, or the weights are no longer zero outside its coordinates.
     """
-    found = parse(Kept, json.dumps(kept).encode(), f"{where}: metadata.finescope")
+    found = parse(Kept, json.dumps(kept).encode(), where)
     record = found.record
     coordinates = torch.tensor(record.coordinates, dtype=torch.int64)
     basis = None if found.basis is None else torch.tensor(found.basis)
     if wide.encoder.shape != (record.num_latents, record.d_in):
         raise DictionaryError(
-            f"{where}: metadata.finescope: {record.num_latents} latents of width {record.d_in}; "
+            f"{where}: {record.num_latents} latents of width {record.d_in}; "
             f"the weights have {wide.encoder.shape[0]} of width {wide.encoder.shape[1]}"
         )
 
@@ -101,8 +98,8 @@ def narrow(kept: Any, wide: WideWeights, where: str) -> Dictionary:
         # Exactly zero without a basis; with one, what rounding leaves.
         if apart > 1e-4 * rows.abs().max():
             raise DictionaryError(
-                f"{where}: the weights read more than the coordinates of metadata.finescope, they were changed since; "
-                "without that key it is read as any other, at full width"
+                f"{where}: the weights read more coordinates than it says, they were changed since; "
+                "without it the dictionary is read as any other, at full width"
             )
         return back
 

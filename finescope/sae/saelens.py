@@ -53,6 +53,7 @@ def save_saelens(uri: str, dictionary: Dictionary) -> str:
         config |= {"k": autoencoder.k, "rescale_acts_by_decoder_norm": False}
     if architecture == "jumprelu":
         tensors["threshold"] = wide.threshold
+    # Here and not in a file of its own, ours is still there after SAELens has loaded and saved the dictionary again.
     config["metadata"] = {
         "sae_lens_version": _LAYOUT_VERSION,
         "sae_lens_training_version": None,
@@ -83,7 +84,7 @@ def load_saelens(uri: str) -> Dictionary:
     wide = _weights(uri, config, architecture)
     k = _active(config, architecture, len(wide.encoder), where)
     if config.get("finescope") is not None:
-        dictionary = narrow(config["finescope"], wide, where)
+        dictionary = narrow(config["finescope"], wide, f"{where}: metadata.finescope")
         ours = dictionary.autoencoder
         if _READ[_WRITTEN[ours.architecture]] != architecture or (architecture == "topk" and ours.k != k):
             raise DictionaryError(

@@ -1,6 +1,7 @@
 """The layout of EleutherAI's sparsify: `cfg.json` and `sae.safetensors` in a folder that is named by its hook point.
 
-Keys that sparsify does not know are passed over by its loader, so that ours stand in `cfg.json` as they do in SAELens's.
+What the layout has no place for is in a file of our own beside them: keys of `cfg.json` that sparsify does not know it
+drops, with a warning that shows all they hold.
 """
 
 import json
@@ -16,6 +17,7 @@ from finescope.sae.hook_names import hook_of, module_name, require_hook
 from finescope.sae.record import Dictionary
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_KEPT = "finescope.json"
 # Of the training run, beside the folders of its hook points; what is read of it here is the model's name.
 _RUN = "config.json"
 
@@ -45,7 +47,6 @@ def save_sparsify(uri: str, dictionary: Dictionary) -> str:
         "skip_connection": False,
         "transcode": False,
         "d_in": autoencoder.d_in,
-        "metadata": {"finescope": kept_of(dictionary)},
     }
     tensors = {
         "encoder.weight": wide.encoder,
@@ -58,6 +59,7 @@ def save_sparsify(uri: str, dictionary: Dictionary) -> str:
         folder.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config) + "\n")
+        (folder / _KEPT).write_text(json.dumps(kept_of(dictionary)) + "\n")
         run = {"model": dictionary.model_path, "revision": dictionary.model_revision, "hookpoints": [name]}
         (root / _RUN).write_text(json.dumps(run, indent=2) + "\n")
         storage.put_tree(root, uri)
@@ -74,12 +76,11 @@ def load_sparsify(uri: str) -> Dictionary:
     config = read_config(uri, CONFIG)
     k = _setting(config, "k", where)
     wide = _weights(uri, config, where)
-    kept = (config.get("metadata") or {}).get("finescope")
-    if kept is not None:
-        dictionary = narrow(kept, wide, where)
+    if storage.exists(storage.join(uri, _KEPT)):
+        dictionary = narrow(read_config(uri, _KEPT), wide, f"dictionary '{uri}': {_KEPT}")
         ours = dictionary.autoencoder
         if ours.architecture != "topk" or ours.k != k:
-            raise DictionaryError(f"{where}: topk, k {k}; metadata.finescope says {ours.architecture}, k {ours.k}")
+            raise DictionaryError(f"{where}: topk, k {k}; {_KEPT} says {ours.architecture}, k {ours.k}")
         return dictionary
     name = _hook_name(uri)
     run = _run(uri, name)

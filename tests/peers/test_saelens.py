@@ -19,7 +19,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from sae_lens.saes.sae import SAEMetadata
-from tiny_dictionary import ARCHITECTURES, D_IN, NUM_LATENTS, K, Reads, activations, assert_same, tiny_dictionary
+from tiny_dictionary import ARCHITECTURES, D_IN, NUM_LATENTS, K, Reads, activations, assert_same, decided, tiny_dictionary
 
 from finescope.models.hooks import HookPoint
 from finescope.sae.autoencoder import Architecture
@@ -55,7 +55,7 @@ def test_saelens_reads_ours(tmp_path: Path, architecture: Architecture, reads: R
     before = tiny_dictionary(architecture, reads)
     save_saelens(str(tmp_path / "sae"), before)
     theirs = SAE.load_from_disk(tmp_path / "sae")
-    raw = activations()
+    raw = decided(before.autoencoder, activations())
     agree(f"sae-lens reads ours, {architecture}, {reads}", theirs.encode(raw), before.autoencoder.encode(raw))
     if reads != "pca":
         rebuilt = theirs(raw)[:, before.autoencoder.coordinates]
@@ -85,7 +85,7 @@ def test_we_read_saelens(tmp_path: Path, kind: str, centred: bool) -> None:
     randomise(theirs)
     theirs.save_model(tmp_path / "sae")
     ours = load_dictionary(str(tmp_path / "sae"))
-    raw = activations()
+    raw = decided(ours.autoencoder, activations())
     agree(f"we read sae-lens, {kind}, apply_b_dec_to_input {centred}", ours.autoencoder.encode(raw), theirs.encode(raw))
     torch.testing.assert_close(ours.autoencoder(raw), theirs(raw), rtol=1e-5, atol=1e-3)
     assert (ours.hook, ours.model_path, ours.fvu, ours.moments_known) == (HookPoint(10), "org/model", None, False)
@@ -105,7 +105,7 @@ def test_we_read_what_their_trainers_save(tmp_path: Path, kind: str, rescaled: b
     # The checkpoint first: saving for inference folds the norms into the very weights that are saved.
     trained.save_model(tmp_path / "checkpoint")
     trained.save_inference_model(tmp_path / "inference")
-    raw = activations()
+    raw = decided(load_dictionary(str(tmp_path / "inference")).autoencoder, activations())
     expected = SAE.load_from_disk(tmp_path / "inference").encode(raw)
     for saved in ("inference", "checkpoint"):
         ours = load_dictionary(str(tmp_path / saved)).autoencoder
@@ -117,7 +117,8 @@ def test_bfloat16_weights_are_read(tmp_path: Path) -> None:
     theirs = TopKSAE(TopKSAEConfig(**SHAPE, k=K, dtype="bfloat16", metadata=metadata("blocks.3.hook_mlp_out")))
     randomise(theirs)
     theirs.save_model(tmp_path / "sae")
-    ours, raw = load_dictionary(str(tmp_path / "sae")), activations()
+    ours = load_dictionary(str(tmp_path / "sae"))
+    raw = decided(ours.autoencoder, activations())
     assert ours.autoencoder.encoder_weight.dtype == torch.float32
     assert ours.hook == HookPoint(4, "mlp")
     agree("we read sae-lens, bfloat16 weights", ours.autoencoder.encode(raw), theirs.to(dtype=torch.float32).encode(raw))

@@ -84,7 +84,7 @@ def test_formats_that_are_not_there(run: str, tmp_path: Path, name: str, expecte
     ("format", "files"),
     [
         ("sae-lens", ["cfg.json", "sae_weights.safetensors"]),
-        ("sparsify", ["config.json", "layers.9/cfg.json", "layers.9/sae.safetensors"]),
+        ("sparsify", ["config.json", "layers.9/cfg.json", "layers.9/finescope.json", "layers.9/sae.safetensors"]),
     ],
 )
 def test_export_of_the_dictionary(tmp_path: Path, format: str, files: list[str]) -> None:

@@ -231,7 +231,7 @@ def test_weights_that_another_tool_changed_are_not_taken_for_ours(tmp_path: Path
         rows = torch.tensor(numbers).reshape(shape)
         tensors[name] = (rows + 0.1 if name == "W_dec" else rows).tolist()
     write_tensors(path, tensors)
-    with pytest.raises(DictionaryError, match=r"read more than the coordinates of metadata\.finescope"):
+    with pytest.raises(DictionaryError, match=r"metadata\.finescope: the weights read more coordinates than it says"):
         load_dictionary(str(tmp_path / "sae"))
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     del config["metadata"]["finescope"]

@@ -93,9 +93,8 @@ def test_what_is_written(tmp_path: Path) -> None:
         "W_dec": ([3, 4], [0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12]),
         "b_dec": ([4], [0, 13, 0, 14]),
     }
-    config = json.loads((Path(where) / "cfg.json").read_text())
-    assert config.pop("metadata")["finescope"]["record"]["coordinates"] == [1, 3]
-    assert config == {
+    assert json.loads((Path(where) / "finescope.json").read_text())["record"]["coordinates"] == [1, 3]
+    assert json.loads((Path(where) / "cfg.json").read_text()) == {
         "activation": "topk",
         "expansion_factor": 1,
         "normalize_decoder": False,
