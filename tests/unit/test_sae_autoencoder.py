@@ -5,6 +5,8 @@ from torch import Tensor
 from finescope.sae.autoencoder import Architecture, SparseAutoencoder, fold
 from finescope.sae.fvu import FvuMeter
 
+THRESHOLD = torch.linspace(0.1, 2.0, 12)
+
 
 def standardised_weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -21,7 +23,9 @@ def standardised_weights() -> dict[str, Tensor]:
 
 def autoencoder(architecture: Architecture = "topk", k: int = 3) -> SparseAutoencoder:
     folded = fold(**standardised_weights()) | {"coordinates": torch.tensor([1, 2, 4, 7])}
-    return SparseAutoencoder(folded, architecture=architecture, k=k, d_model=8)
+    if architecture in ("batch_topk", "jumprelu"):
+        folded["threshold"] = THRESHOLD
+    return SparseAutoencoder(folded, architecture=architecture, k=k, d_in=8)
 
 
 def activations(count: int = 20) -> Tensor:
@@ -30,13 +34,15 @@ def activations(count: int = 20) -> Tensor:
     return raw
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu_l1"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu", "relu_l1"])
 def test_folded_normaliser_gives_the_codes_of_the_standardised_autoencoder(architecture: Architecture) -> None:
     w, raw = standardised_weights(), activations()
     standardised = (raw[:, [1, 2, 4, 7]] - w["mean"]) / w["scale"]
     latents = torch.relu((standardised - w["decoder_bias"]) @ w["encoder_weight"].T + w["encoder_bias"])
     if architecture == "topk":
         latents = torch.where(latents >= latents.topk(3).values[:, -1:], latents, 0.0)
+    elif architecture != "relu_l1":
+        latents = torch.where(latents > THRESHOLD, latents, 0.0)
     model = autoencoder(architecture)
     torch.testing.assert_close(model.encode(raw), latents, rtol=1e-4, atol=1e-4)
     reconstruction = (latents @ w["decoder_weight"] + w["decoder_bias"]) * w["scale"] + w["mean"]
@@ -88,3 +94,20 @@ def test_fvu_does_not_depend_on_the_batches(size: int) -> None:
         meter.update(part, guessed)
     exact = (x - guess).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
     assert meter.value == pytest.approx(exact.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("basis", [False, True])
+def test_splice_replaces_what_is_seen_and_nothing_else(basis: bool) -> None:
+    raw = activations().double()
+    if basis:
+        rows = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0][:4]
+        weights = fold(**standardised_weights()) | {"coordinates": torch.arange(8), "basis": rows}
+        model = SparseAutoencoder(weights, architecture="topk", k=3, d_in=8)
+        rest = torch.eye(8) - rows.T @ rows
+    else:
+        model = autoencoder()
+        rest = torch.diag(torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0]))
+    spliced = model.splice(raw)
+    assert spliced.dtype == raw.dtype
+    torch.testing.assert_close(model.select(spliced), model(raw), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(spliced.float() @ rest, raw.float() @ rest, rtol=1e-4, atol=1e-3)
