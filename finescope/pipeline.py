@@ -24,7 +24,8 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
     # How many rejects are put up with changes no result: who allows more of them goes on with what is done.
     index = Step("index", {key: value for key, value in corpus.items() if key != "max_reject_rate"})
     model = Step("model", {**_values(recipe.model), "layer": recipe.sae.layer})
-    sae = Step("sae", _values(recipe.sae), (index, model))
+    # Nor does keeping the activations.
+    sae = Step("sae", {key: value for key, value in _values(recipe.sae).items() if key != "cache"}, (index, model))
     embed = Step("embed", _values(recipe.embed), (index, model, sae))
     score = Step("score", {**_values(recipe.score), "seeds": seeds}, (index, model, sae, embed))
     evaluations = [_contents(path) for path in inputs.curate.decontaminate]

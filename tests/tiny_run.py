@@ -92,7 +92,7 @@ def recipe_values(root: Path, name: str, **changes: Any) -> dict[str, Any]:
             "k": 8,
             "num_tokens": 2000,
             "batch_tokens": 128,
-            "buffer_mib": 0.1,
+            "buffer_mib": 0.03,
             "recovery_documents": 8,
             "epochs": 4,
             "learning_rate": 3e-3,

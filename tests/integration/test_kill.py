@@ -17,7 +17,7 @@ from tiny_run import recipe_values
 
 from finescope.config import STEPS
 
-# Four runs one after the other, each of which imports torch: minutes where the machine is busy.
+# Five runs one after the other, each of which imports torch: minutes where the machine is busy.
 pytestmark = pytest.mark.timeout(1200)
 
 _UNITS = 40
@@ -33,7 +33,7 @@ class Killed(NamedTuple):
 
 
 class Story(NamedTuple):
-    """A run that was killed in embed, in curate and in distill, and then let end."""
+    """A run that was killed in sae, in embed, in curate and in distill, and then let end."""
 
     output: Path
     killed: dict[str, Killed]
@@ -47,6 +47,7 @@ def story(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Story
     recipe = write_recipe(home / "recipe.yaml", recipe_values(finished.root, "killed") | {"output": str(output)})
     embedded, checkpoints = output / "embed" / "units", output / "distill" / "checkpoints"
     moments: dict[str, Callable[[], bool]] = {
+        "sae": lambda: any((output / "sae" / "checkpoints").glob("*/done.json")),
         "embed": lambda: sum(1 for _ in embedded.glob("*.json")) >= 3,
         "curate": lambda: (output / "curate").exists() and states(output).get("curate") == "running",
         "distill": lambda: any(checkpoints.glob("*/done.json")),
@@ -76,7 +77,7 @@ def _kill(recipe: str, output: Path, step: str, moment: Callable[[], bool]) -> K
     pytest.fail(f"{step} was over {_ATTEMPTS} times before it was killed")
 
 
-@pytest.mark.parametrize("step", ["embed", "curate", "distill"])
+@pytest.mark.parametrize("step", ["sae", "embed", "curate", "distill"])
 def test_it_was_killed_in_the_middle_of(story: Story, step: str) -> None:
     killed = story.killed[step]
     assert killed.states[step] == "running"
@@ -114,12 +115,22 @@ def test_rows_add_up(story: Story) -> None:
         assert manifest["rows_in"] == manifest["rows_out"] + manifest["rejects"]
 
 
-@pytest.mark.parametrize(("step", "table"), [("embed", "embeddings"), ("curate", "curated"), ("distill", "rewrites")])
+@pytest.mark.parametrize(
+    ("step", "table"), [("sae", "latents"), ("embed", "embeddings"), ("curate", "curated"), ("distill", "rewrites")]
+)
 def test_tables_are_those_of_an_undisturbed_run(finished: Finished, story: Story, step: str, table: str) -> None:
     expected, found = (sorted((output / step / table).iterdir()) for output in (finished.output, story.output))
     assert [path.name for path in found] == [path.name for path in expected]
     for one, other in zip(found, expected, strict=True):
         assert pl.read_parquet(one).equals(pl.read_parquet(other))
+
+
+def test_the_dictionary_is_that_of_an_undisturbed_run(finished: Finished, story: Story) -> None:
+    expected, found = (
+        load_file(output / "sae" / "dictionary" / "dictionary.safetensors") for output in (finished.output, story.output)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("student", ["distill/model", "distill/control/model"])

@@ -1,0 +1,70 @@
+"""Dictionaries on Ray: two processes that train together, each fed by actors, and one process that does it all."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from cli_runs import SilentReporter
+from safetensors.torch import load_file
+from tiny_run import tiny_recipe, write_inputs
+
+from finescope import pipeline
+from finescope.manifest import Manifest
+from finescope.runners.base import Resources, Source
+from finescope.runners.ray_data import UnitStream
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+
+_SAE = {"workers": 2, "variants": [{"seed": 1}, {"layer": 1, "architecture": "batch_topk"}]}
+_COMPUTE = {"runner": "ray", "actors": 2, "memory_per_actor_gb": 0.1}
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    with (
+        tempfile.TemporaryDirectory(prefix="rs", dir="/tmp", ignore_cleanup_errors=True) as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=directory)
+        yield
+        ray.shutdown()
+
+
+class _Numbers:
+    """Two rows a unit: its number, and how long it took to come."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (unit,) = batch.column("unit").to_pylist()
+        return pa.table({"value": [10 * unit, 10 * unit + 1]})
+
+
+def test_a_stream_comes_in_order_and_starts_anywhere(session: None) -> None:
+    units = pa.table({"unit": list(range(40))})
+    stream = UnitStream(Source(_Numbers, (), units, Resources(), 2**20), (1, 2), {"num_cpus": 0.5})
+    for start, stop, step in ((0, 40, 1), (7, 40, 3), (39, 40, 1), (5, 5, 1)):
+        found = [value for table in stream(start, stop, step) for value in table.column("value").to_pylist()]
+        assert found == [10 * number + extra for number in range(start, stop, step) for extra in (0, 1)]
+
+
+def trained(root: Path, name: str, **compute: Any) -> Manifest:
+    return pipeline.run(tiny_recipe(root, name, sae=_SAE, compute=compute), SilentReporter(), "sae")["sae"]
+
+
+def test_two_processes_train_the_dictionaries_of_one(session: None, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    here, there = trained(tmp_path, "local", runner="local"), trained(tmp_path, "ray", **_COMPUTE)
+    for place in ("dictionary", "variants/seed-1", "variants/layer-1-architecture-batch_topk"):
+        one, other = (load_file(Path(run.uri) / place / "dictionary.safetensors") for run in (here, there))
+        assert one.keys() == other.keys()
+        for name, expected in one.items():
+            assert torch.equal(other[name], expected), (place, name)
+    facts = [json.loads(json.dumps(run.facts)) for run in (here, there)]
+    assert facts[0] == facts[1]
+    assert (here.rows_in, here.rows_out) == (there.rows_in, there.rows_out)
