@@ -108,7 +108,9 @@ class SaeSection(Section):
     l1_coefficient: float = Field(default=1e-3, ge=0.0, description="lambda of the paper's objective (relu_l1)")
     l0_coefficient: float = Field(default=1e-3, ge=0.0, description="weight of the number of active latents (jumprelu)")
     auxk_coefficient: float = Field(default=1 / 32, ge=0.0, description="alpha of the paper's objective")
-    auxk: int = Field(default=64, ge=1, description="dead latents that reconstruct the residual error at a time")
+    auxk: int | None = Field(
+        default=None, ge=1, description="dead latents that reconstruct the residual error at a time; null: half the coordinates"
+    )
     dead_after_tokens: int = Field(default=100_000, ge=1, description="a latent silent for so many tokens is dead")
     num_tokens: int = Field(default=2_000_000, ge=1, description="activations trained on, in all")
     max_tokens: int = Field(default=512, ge=2, description="tokens of a document that are read, counted from its start")

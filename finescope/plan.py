@@ -180,7 +180,8 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
             trained,
             sae_flops,
             _PROCESS + weights + buffer + 16 * dictionary + 12 * sae.batch_tokens * sae.num_latents,
-            4 * dictionary,
+            # The dictionary, two checkpoints of it with Adam's moments, and the activations where they are kept.
+            28 * dictionary + 4 * coordinates * trained * sae.cache,
         ),
         Cost(
             "embed",

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from finescope.config import EmbedSection
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
-from finescope.models.hooks import HookPoint, capture
+from finescope.models.hooks import capture
 from finescope.models.load import ModelReference, load_model, load_tokenizer
 from finescope.sae.dictionary import load_dictionary
+from finescope.sae.stream import used_positions
 
 EMBEDDED = pa.schema(
     [
@@ -24,11 +25,11 @@ EMBEDDED = pa.schema(
 
 
 class Embedder:
-    """The first blocks of a model and a dictionary. Layer and coordinates are the dictionary's own."""
+    """The first blocks of a model and a dictionary. Hook point and coordinates are the dictionary's own."""
 
     def __init__(self, model: ModelReference, dictionary_uri: str, section: EmbedSection) -> None:
         dictionary = load_dictionary(dictionary_uri)
-        self._layer = dictionary.layer
+        self._hook = dictionary.hook
         self._model = load_model(model, num_layers=dictionary.layer)
         self._autoencoder = dictionary.autoencoder.to(self._model.device)
         self._section = section
@@ -55,11 +56,10 @@ class Embedder:
         """
         device = self._model.device
         ids, mask = ids.to(device), mask.to(device)
-        (residual,) = capture(self._model, ids, mask, [HookPoint(self._layer)])  # [B, T, d_model]
-        used = mask.bool().clone()
-        used[:, 0] = False  # an attention sink: its norm is tens of times the others'
+        (values,) = capture(self._model, ids, mask, [self._hook])  # [B, T, d_in]
+        used = used_positions(mask)
         document = torch.nonzero(used)[:, 0]  # [N], the row of each activation
-        activations = residual[used]  # [N, d_model]
+        activations = values[used]  # [N, d_in]
         autoencoder = self._autoencoder
         pooled = torch.zeros(len(ids), autoencoder.num_latents, device=device)
         reduce = "sum" if self._section.pooling == "mean" else "amax"

@@ -18,6 +18,8 @@ from finescope.errors import ResourceError
 from finescope.runners import ray_data, ray_train
 from finescope.runners.base import Progress, Reporter, Resources, Result, Source, TableWorker
 
+# Of a CPU or GPU that a process which trains shares with an actor that feeds it.
+_TRAINING_PART = 0.6
 # What every worker of the run sees, on every node.
 _WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -32,7 +34,12 @@ class RayRunner:
         self._started_here = not ray.is_initialized()
         if self._started_here:
             self._connect(compute.address or os.environ.get("RAY_ADDRESS"), reporter)
-        self._gpus = float(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def _gpus(self) -> float:
+        """Of the cluster as it is now; of one that has yet to grow, what the recipe says an actor takes."""
+        stated = self._compute.gpus_per_actor
+        return max(float(ray.cluster_resources().get("GPU", 0)), 0.0 if stated == "auto" else stated)
 
     def _connect(self, address: str | None, reporter: Reporter) -> None:
         variables = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TRANSFORMERS_"))}
@@ -91,21 +98,33 @@ class RayRunner:
         """See `Runner.train_on_stream`.
 
         Each process has a pool of actors of its own, which grows as for `map`. Where the cluster has too few CPUs or GPUs
-        for a whole one for each process and each pool, all of them take half a one.
+        for a whole one for each process and each pool, a process and an actor share one.
         """
         options = self._options(source.resources)
-        cpu = _part("CPU", workers, "sae.workers")
-        per_worker = {"CPU": cpu}
-        options["num_cpus"] = min(options["num_cpus"], cpu)
-        if self._gpus:
-            per_worker["GPU"] = _part("GPU", workers, "sae.workers")
-            options["num_gpus"] = min(options["num_gpus"], per_worker["GPU"])
+        per_worker: dict[str, float] = {}
+        for kind, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")) if self._gpus else (("CPU", "num_cpus"),):
+            per_worker[kind] = 1.0
+            if self._shared(kind, workers):
+                # Two processes that train never share one: NCCL refuses that.
+                per_worker[kind] = _TRAINING_PART
+                options[key] = min(options[key], 1.0 - _TRAINING_PART)
         stated = self._compute.actors
         # The pool's least is one: more may not fit beside what trains.
         actors = (1, max(source.units.num_rows, 1) if stated == "auto" else max(1, stated // workers))
         stream = ray_data.UnitStream(source, actors, options)
         with _plain_errors():
             ray_train.train(_Streamed(loop), (*arguments, stream), progress, resources, workers, per_worker, 0)
+
+    def _shared(self, kind: str, workers: int) -> bool:
+        """Whether processes that train and actors must share CPUs or GPUs. A cluster that was joined may yet grow.
+
+        Raises:
+            ResourceError: this machine has fewer than there are processes.
+        """
+        there = float(ray.cluster_resources().get(kind, 0))
+        if there < workers and self._started_here:
+            raise ResourceError(f"sae.workers: {workers} processes need as many {kind}s; this machine has {there:g}")
+        return workers <= there < 2 * workers
 
     def close(self) -> None:
         """Shut down the session where this runner began it; a cluster that was joined stays."""
@@ -139,18 +158,6 @@ class _Streamed:
     def __call__(self, *arguments: Any) -> None:
         *given, _engine_factory, progress = arguments
         self._loop(*given, progress)
-
-
-def _part(kind: str, workers: int, key: str) -> float:
-    """How much of a CPU or GPU each of `workers` processes, and each of as many pools of actors, may take: 1 or 0.5.
-
-    Raises:
-        ResourceError: not even that is there.
-    """
-    there = float(ray.cluster_resources().get(kind, 0))
-    if there < workers:
-        raise ResourceError(f"{key}: {workers} processes need as many {kind}s; the cluster has {there:g}")
-    return 1.0 if there >= 2 * workers else 0.5
 
 
 class _plain_errors:

@@ -17,8 +17,8 @@ from finescope.runners.base import Progress, Result, Source, TableWorker
 
 # Loading a large model takes minutes, in which Ray Data sees no progress.
 _NO_PROGRESS_TIMEOUT_S = 3600
-# Column of the table that carries an exception from a worker.
-_FAILURE = "__failure"
+# Columns of a table of one row that carries an exception from a worker, or a whole table.
+_FAILURE, _TABLE = "__failure", "__table"
 
 
 def map_units(
@@ -31,8 +31,8 @@ def map_units(
 ) -> Iterator[pa.Table]:
     """Apply `worker(*arguments)` to each row of `units` on a pool of `actors` (least, most), in any order.
 
-    `options` are an actor's resources: num_cpus, num_gpus, memory (bytes). With `bytes_ahead` the results come in the order
-    of the units, and about so many bytes of them may wait in Ray's object store.
+    `options` are an actor's resources: num_cpus, num_gpus, memory (bytes). With `bytes_ahead` there is one result a unit,
+    in the order of the units, and about so many bytes of them may wait in Ray's object store.
     """
     if units.num_rows == 0:
         return
@@ -48,7 +48,7 @@ def map_units(
     # One block a unit: a unit is what an actor takes at a time, and what is done again when the actor is lost.
     dataset = ray.data.from_arrow([units.slice(index, 1) for index in range(units.num_rows)]).map_batches(
         _Adapter,
-        fn_constructor_args=(worker, arguments),
+        fn_constructor_args=(worker, arguments, bytes_ahead is not None),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
@@ -60,7 +60,7 @@ def map_units(
     for record in records:
         if _FAILURE in record.column_names:
             raise pickle.loads(record.column(_FAILURE)[0].as_py())
-        yield record
+        yield record if bytes_ahead is None else _unpacked(record)
 
 
 class UnitStream:
@@ -91,8 +91,9 @@ class _Adapter:
     again what failed for a reason. A worker that dies is Ray's to replace.
     """
 
-    def __init__(self, worker: Callable[..., TableWorker], arguments: tuple[Any, ...]) -> None:
-        self._make = worker, arguments
+    def __init__(self, worker: Callable[..., TableWorker], arguments: tuple[Any, ...], packed: bool) -> None:
+        """`packed`: results travel as one row each. Ray Data cuts large tables in parts and drops empty ones."""
+        self._make, self._packed = (worker, arguments), packed
         self._worker: TableWorker | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -100,10 +101,24 @@ class _Adapter:
             if self._worker is None:
                 worker, arguments = self._make
                 self._worker = worker(*arguments)
-            return self._worker(batch)
+            result = self._worker(batch)
+            return _packed(result) if self._packed else result
         except Exception as error:  # noqa: BLE001  (raised again in the driver)
             error.add_note(traceback.format_exc())
             return pa.table({_FAILURE: pa.array([_pickled(error)], pa.binary())})
+
+
+def _packed(table: pa.Table) -> pa.Table:
+    """A table as one row: its Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return pa.table({_TABLE: pa.array([memoryview(sink.getvalue())], pa.large_binary())})
+
+
+def _unpacked(record: pa.Table) -> pa.Table:
+    """What `_packed` packed, without a copy."""
+    return pa.ipc.open_stream(record.column(_TABLE)[0].as_buffer()).read_all()
 
 
 def _pickled(error: Exception) -> bytes:

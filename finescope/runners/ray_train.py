@@ -24,6 +24,7 @@ from finescope.runners.ray_deepspeed import DeepSpeedEngine, check_installed
 # Worker groups that may be lost; each time the loop goes on from its newest checkpoint.
 _MAX_FAILURES = 3
 _POLL_SECONDS = 0.5
+_TIMEOUT_SECONDS = 86_400
 _FAILURE_POLLS = 20  # how long a process that failed waits for the others to fail alike
 
 
@@ -55,7 +56,8 @@ def train(
     trainer = TorchTrainer(
         _work,
         train_loop_config={"call": (loop, arguments), "relay": relay, "zero_stage": zero_stage},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        # Processes may wait for each other as long as one of them is fed; Ray sees itself when one dies.
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={**per_worker, **memory}),
         run_config=RunConfig(
             name="training",

@@ -1,6 +1,6 @@
 """Extraction: chunks of documents to the activations that dictionaries are trained on, one array a chunk."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ class SiteColumns:
 
 
 @torch.no_grad()
-def extract(model: PreTrainedModel, batches: Iterable[TokenBatch], sites: tuple[SiteColumns, ...]) -> list[Tensor]:
+def extract(model: PreTrainedModel, batches: Iterable[TokenBatch], sites: tuple[SiteColumns, ...]) -> Iterator[Tensor]:
     """Activations [n, sum of C] float32 of each batch's used positions, those of the sites side by side."""
     device = model.device
     chosen = [
@@ -44,15 +44,13 @@ def extract(model: PreTrainedModel, batches: Iterable[TokenBatch], sites: tuple[
         for site in sites
     ]
     hooks = [site.hook for site in sites]
-    found = []
     for input_ids, attention_mask in batches:
         mask = torch.from_numpy(attention_mask).to(device)
         if mask.shape[1] < 2:
             continue  # one token is position 0 alone
         values = capture(model, torch.from_numpy(input_ids).to(device), mask, hooks)
         used = used_positions(mask)
-        found.append(torch.cat([select(value[used], *site) for value, site in zip(values, chosen, strict=True)], dim=1))
-    return found
+        yield torch.cat([select(value[used], *site) for value, site in zip(values, chosen, strict=True)], dim=1)
 
 
 class Extractor:

@@ -1,12 +1,12 @@
 """Training of dictionaries on a stream of activations (METHOD 2): several at once, by one process or several, resumable."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,12 +98,17 @@ class _Fit:
         chunks = range(plan.held_out, plan.chunks)
         rows = max(2, min(plan.buffer_rows, main.num_tokens) // self.workers)
         self.buffers = [ShuffleBuffer(stream, chunks[share :: self.workers], rows, plan.width, device) for share in self.mine]
+        self.held_out = torch.empty(0, plan.width, device=device)  # raw; on rank 0 alone
         self.trainers: list[Trainer] = []
         self.scaling: _Scaling | None = None
         self.fills = self.trained = 0  # activations trained on, of all shares
 
     def run(self) -> list[FitResult]:
         """See `fit`."""
+        if len(range(self.plan.held_out, self.plan.chunks)) < self.workers:
+            raise StepFailed(f"sae.workers: {self.workers} processes need as many chunks of documents to train on")
+        if self.group.rank == 0:
+            self.held_out = self._read_held_out()
         ended = self._resume()
         while not ended:
             ended = self._train_fill()
@@ -118,7 +123,7 @@ class _Fit:
         left = -(-(main.num_tokens - self.trained) // self.workers)
         filled = [buffer.fill(left) for buffer in self.buffers]
         rows = self._least([len(data) for data in filled])
-        self.progress(rows * len(filled))
+        self.progress(rows * self.workers)
         if self.scaling is None:
             if rows < 2:
                 raise StepFailed(_TOO_FEW)
@@ -127,27 +132,32 @@ class _Fit:
         filled = [data[:rows].sub_(self.scaling.mean).div_(self.scaling.scale) for data in filled]
         self.trained += rows * self.workers
         more = 0 if self.trained >= main.num_tokens else self._least([int(not buffer.ended()) for buffer in self.buffers])
-        self._train_on(filled, rows, bool(more))
+        self._train_on(filled, rows, self._left() if more else 0)
         self.fills += 1
         return not more
 
-    def _train_on(self, filled: Sequence[Tensor], rows: int, more: bool) -> None:
+    def _left(self) -> int:
+        """Activations that are yet to be trained on: a corpus too small for `num_tokens` ends, at the rate so far, before."""
+        read = sum(sum(numbers) for numbers in self.group.all_rows([buffer.chunk for buffer in self.buffers], self.device))
+        expected = (self.plan.chunks - self.plan.held_out - read) * self.trained // max(1, read)
+        return max(0, min(self.plan.sections[0].num_tokens - self.trained, expected))
+
+    def _train_on(self, filled: Sequence[Tensor], rows: int, left: int) -> None:
         """`epochs` passes over the buffers, shuffled anew for each."""
         main = self.plan.sections[0]
         share_of_batch = max(1, main.batch_tokens // self.workers)
         steps = max(1, round(rows / share_of_batch)) if rows else 0
-        # A stream that ends early is known to do so in its last fill only; the schedule then ends there as well.
-        left = -(-(main.num_tokens - self.trained) // main.batch_tokens) if more else 0
-        total = self.trainers[0].steps + main.epochs * (steps + left)
+        total = self.trainers[0].steps + main.epochs * (steps - (-left // main.batch_tokens))
         for epoch in range(main.epochs):
-            orders = [self._order(rows, share, epoch).tensor_split(steps) if steps else () for share in self.mine]
-            for places in zip(*orders, strict=True):
-                batches = [data[chosen.to(data.device)] for data, chosen in zip(filled, places, strict=True)]
+            orders = [self._order(rows, share, epoch).to(self.device) for share in self.mine]
+            parts = [order.tensor_split(steps) if steps else () for order in orders]
+            for places in zip(*parts, strict=True):
+                batches = [data[chosen] for data, chosen in zip(filled, places, strict=True)]
                 for trainer, (start, stop) in zip(self.trainers, self.plan.columns, strict=True):
                     for batch in batches:
                         trainer.accumulate(batch[:, start:stop], self.workers)
                     trainer.step(self.group, total)
-                self.progress(sum(len(batch) for batch in batches))
+                self.progress(sum(len(batch) for batch in batches) * self.group.size)
         for trainer in self.trainers:
             trainer.record(self.group)
 
@@ -163,23 +173,29 @@ class _Fit:
     def _start(self, filled: Sequence[Tensor]) -> None:
         """Take the standardisation from the first fill of all shares, the starting directions from the first share's."""
         count = torch.tensor(float(sum(len(data) for data in filled)), dtype=torch.float64, device=self.device)
-        sums = torch.stack([data.sum(0, dtype=torch.float64) for data in filled]).sum(0)
+        sums = torch.stack([_sums(data) for data in filled]).sum(0)
         self.group.add([count, sums])
+        if not bool(torch.isfinite(sums).all()):
+            raise StepFailed("the model's activations are not finite; model.dtype: float32 or bfloat16 may help")
         mean = sums / count
         squares = torch.stack([_squares(data, mean) for data in filled]).sum(0)
         self.group.add([squares])
         deviation = (squares / count).sqrt().float()
         self.scaling = _Scaling(mean.float(), torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
-        standardised = (filled[0] - self.scaling.mean) / self.scaling.scale
-        self._make_trainers(standardised)
+        self._make_trainers(filled[0])
         for trainer in self.trainers:
             self.group.from_first([weight.detach() for weight in trainer.weights.named().values()])
 
     def _make_trainers(self, data: Tensor | None) -> None:
+        assert self.scaling is not None
         for section, (start, stop) in zip(self.plan.sections, self.plan.columns, strict=True):
             shape = (section.num_latents, stop - start)
             known = torch.zeros(shape, device=self.device)  # the weights come from a checkpoint
-            started = known if data is None else starting_directions(data[:, start:stop], shape[0], section.seed)
+            if data is None:
+                started = known
+            else:
+                mean, scale = self.scaling.mean[start:stop], self.scaling.scale[start:stop]
+                started = starting_directions(data[:, start:stop], shape[0], section.seed, mean, scale)
             self.trainers.append(Trainer(section, started))
 
     def _checkpoint(self) -> None:
@@ -228,8 +244,22 @@ class _Fit:
         for buffer, share in zip(self.buffers, self.mine, strict=True):
             buffer.resume(*record["cursors"][share])
         main = self.plan.sections[0]
-        self.progress(self.trained * (1 + main.epochs) // self.group.size)
+        self.progress(self.trained * (1 + main.epochs))
         return self.trained >= main.num_tokens or not self._least([int(not buffer.ended()) for buffer in self.buffers])
+
+    def _read_held_out(self) -> Tensor:
+        """[n, width], before anything is trained, so that what cannot be measured on costs no training."""
+        parts: list[np.ndarray] = []
+        for chunk in self.stream(0, self.plan.held_out, 1):
+            parts.append(chunk[: HELD_OUT - sum(map(len, parts))].copy())
+            if sum(map(len, parts)) == HELD_OUT:
+                break
+        found = np.concatenate([np.empty((0, self.plan.width), np.float32), *parts])
+        if len(found) < 2:
+            raise StepFailed(_TOO_FEW)
+        if any((found[:, start:stop] == found[0, start:stop]).all() for start, stop in self.plan.columns):
+            raise StepFailed("the activations that are held out are all equal: the corpus is too small or all the same")
+        return torch.from_numpy(found).to(self.device)
 
     @torch.no_grad()
     def _results(self) -> list[FitResult]:
@@ -242,27 +272,22 @@ class _Fit:
             section = trainer.section
             autoencoders.append(SparseAutoencoder(weights, architecture=section.architecture, k=section.k, d_in=stop - start))
         meters = [DictionaryMeter(autoencoder) for autoencoder in autoencoders]
-        count = 0
-        for chunk in self.stream(0, self.plan.held_out, 1):
-            part = torch.tensor(chunk[: HELD_OUT - count]).to(self.device)
-            count += len(part)
-            for meter, (start, stop) in zip(meters, self.plan.columns, strict=True):
-                meter.update(part[:, start:stop])
-            if count == HELD_OUT:
-                break
-        if count < 2:
-            raise StepFailed(_TOO_FEW)
-        if not all(math.isfinite(meter.fvu) for meter in meters):
-            raise StepFailed("the activations that are held out are all equal: the corpus is too small or all the same")
+        for meter, (start, stop) in zip(meters, self.plan.columns, strict=True):
+            meter.update(self.held_out[:, start:stop])
         return [
-            FitResult(autoencoder, meter, count, trainer.dead().float().mean().item(), self.trained, trainer.history)
+            FitResult(autoencoder, meter, len(self.held_out), trainer.dead().float().mean().item(), self.trained, trainer.history)
             for autoencoder, meter, trainer in zip(autoencoders, meters, self.trainers, strict=True)
         ]
 
     def _identity(self) -> str:
-        described = [section.model_dump_json() for section in self.plan.sections]
+        described = [section.model_dump_json(exclude={"cache"}) for section in self.plan.sections]
         words = [self.plan.identity, *described, str(self.plan.columns), str(self.plan.chunks), str(self.plan.held_out)]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _sums(data: Tensor) -> Tensor:
+    """Sum over the rows of [n, C], float64."""
+    return torch.stack([part.double().sum(0) for part in data.split(16_384)]).sum(0)
 
 
 def _squares(data: Tensor, mean: Tensor) -> Tensor:

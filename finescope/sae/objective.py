@@ -56,11 +56,24 @@ class _Active(NamedTuple):
     lowest: Tensor | None
 
 
-def losses(weights: Weights, batch: Tensor, section: SaeSection, dead: Tensor) -> Losses:
+class Scratch:
+    """Memory for the largest intermediate result, kept from step to step: fresh pages cost a tenth of a step on a CPU."""
+
+    def __init__(self) -> None:
+        self._store = torch.empty(0)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] float32 on the CPU, overwritten by the next call."""
+        if self._store.numel() < rows * columns:
+            self._store = torch.empty(rows * columns)
+        return self._store[: rows * columns].view(rows, columns)
+
+
+def losses(weights: Weights, batch: Tensor, section: SaeSection, dead: Tensor, scratch: Scratch) -> Losses:
     """The objective on `batch` [N, C]; `dead` int64 are the latents that AuxK takes."""
     centred = batch - weights.decoder_bias.detach()
     if section.architecture in ("topk", "batch_topk"):
-        pre = _pre_activations(weights, centred)
+        pre = _pre_activations(weights, centred, scratch)
         found = _sparse(weights, centred, pre, section)
     else:
         pre, found = _dense(weights, batch, section)
@@ -69,15 +82,19 @@ def losses(weights: Weights, batch: Tensor, section: SaeSection, dead: Tensor) -
     error = residual.square().sum(1).sum()
     total = error / batch.numel() + found.sparsity
     if len(dead) and section.auxk_coefficient:
-        auxiliary = _auxiliary(weights, centred, pre.detach(), residual.detach(), section.auxk, dead)
+        count = min(section.auxk or max(1, batch.shape[1] // 2), len(dead))
+        auxiliary = _auxiliary(weights, centred, pre.detach(), residual.detach(), count, dead)
         total = total + section.auxk_coefficient * auxiliary
     return Losses(total, error.detach().double(), found.active, found.num_active, found.lowest)
 
 
 @torch.no_grad()
-def _pre_activations(weights: Weights, centred: Tensor) -> Tensor:
+def _pre_activations(weights: Weights, centred: Tensor, scratch: Scratch) -> Tensor:
     """[N, L] without a graph, to choose latents by: bfloat16 on a GPU, float32 elsewhere."""
-    with torch.autocast(centred.device.type, torch.bfloat16, enabled=centred.device.type == "cuda"):
+    if centred.device.type == "cpu":
+        out = scratch.matrix(len(centred), len(weights.encoder_bias))
+        return torch.addmm(weights.encoder_bias, centred, weights.encoder_weight.T, out=out)
+    with torch.autocast(centred.device.type, torch.bfloat16):
         return functional.linear(centred, weights.encoder_weight, weights.encoder_bias)
 
 
@@ -85,22 +102,18 @@ def _sparse(weights: Weights, centred: Tensor, pre: Tensor, section: SaeSection)
     num_latents = section.num_latents
     lowest = None
     if section.architecture == "topk":
-        chosen, ids = pre.topk(section.k, dim=1)
+        chosen, ids = pre.topk(section.k, dim=1, sorted=False)
         pattern, chosen = rows_of(ids, num_latents), chosen.flatten()
     else:
         pattern, chosen = _largest_of_batch(pre, section.k)
         lowest = chosen.min().float() if len(chosen) else None
-    values = _values(weights, pattern, centred, chosen).relu()
-    on = pattern.ids[values > 0]
-    active = torch.zeros(num_latents, dtype=torch.bool, device=pre.device)
-    active[on] = True
-    return _Active(decode_at(pattern, values, weights.decoder_weight), 0.0, active, torch.tensor(len(on)), lowest)
-
-
-def _values(weights: Weights, pattern: Pattern, centred: Tensor, chosen: Tensor) -> Tensor:
-    """Pre-activations of a pattern in float32: those that were chosen by, or computed anew where those are coarser."""
-    known = chosen if chosen.dtype == torch.float32 else None
-    return encode_at(pattern, centred, weights.encoder_weight, weights.encoder_bias, weights.decoder_bias, known)
+    known = chosen if chosen.dtype == torch.float32 else None  # in bfloat16 they are computed anew
+    values = encode_at(pattern, centred, weights.encoder_weight, weights.encoder_bias, weights.decoder_bias, known).relu()
+    on = values.detach() > 0
+    # A place more, for the entries that are not active: choosing those that are would make a GPU wait.
+    active = torch.zeros(num_latents + 1, dtype=torch.bool, device=pre.device)
+    active[torch.where(on, pattern.ids, num_latents)] = True
+    return _Active(decode_at(pattern, values, weights.decoder_weight), 0.0, active[:-1], on.sum(), lowest)
 
 
 @torch.no_grad()
@@ -125,7 +138,8 @@ def _dense(weights: Weights, batch: Tensor, section: SaeSection) -> tuple[Tensor
     # (x - b_dec) W^T + b_enc, with the product of weights alone taken out of the large matrix product.
     bias = weights.encoder_bias - weights.encoder_weight @ weights.decoder_bias
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
-        pre = functional.linear(batch, weights.encoder_weight, bias).float()
+        product = functional.linear(batch, weights.encoder_weight, bias)
+    pre = product.float()
     if weights.log_threshold is None:
         values = pre.relu()
         sparsity = section.l1_coefficient * values.sum() / len(batch)
@@ -136,19 +150,27 @@ def _dense(weights: Weights, batch: Tensor, section: SaeSection) -> tuple[Tensor
     on = values > 0
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
         decoded = (values @ weights.decoder_weight).float()
-    return pre, _Active(decoded, sparsity, on.any(0), on.sum(), None)
+    return product, _Active(decoded, sparsity, on.any(0), on.sum(), None)
 
 
-def _auxiliary(weights: Weights, centred: Tensor, pre: Tensor, residual: Tensor, auxk: int, dead: Tensor) -> Tensor:
-    """AuxK: the dead latents of largest pre-activation reconstruct the residual error [N, C], without b_dec."""
-    chosen, place = pre.index_select(1, dead).topk(min(auxk, len(dead)), dim=1)
-    pattern = rows_of(dead[place], pre.shape[1])
-    raw = _values(weights, pattern, centred, chosen.flatten())
-    below = raw.clamp(max=0.0)
-    values = raw.relu() + _DEAD_SLOPE * (below - below.detach())
-    guess = decode_at(pattern, values, weights.decoder_weight)
+def _auxiliary(weights: Weights, centred: Tensor, pre: Tensor, residual: Tensor, count: int, dead: Tensor) -> Tensor:
+    """AuxK: the `count` dead latents of largest pre-activation reconstruct the residual error [N, C], without b_dec."""
+    chosen, ids = pre.index_select(1, dead).topk(count, dim=1, sorted=False)
+    pattern = rows_of(ids, len(dead))
+    # Gradients of the dead latents' rows alone are made, and added to those of all.
+    encoder = functional.embedding(dead, weights.encoder_weight, sparse=True)
+    decoder = functional.embedding(dead, weights.decoder_weight, sparse=True)
+    known = chosen.flatten() if chosen.dtype == torch.float32 else None
+    raw = encode_at(pattern, centred, encoder, weights.encoder_bias[dead], weights.decoder_bias, known)
+    guess = decode_at(pattern, _leaky(raw), decoder)
     scale = residual.square().sum(1).sum().clamp(min=1e-12)
     return (residual - guess).square().sum() / scale
+
+
+def _leaky(pre: Tensor) -> Tensor:
+    """ReLU, through which a share of the gradient passes where it is 0."""
+    below = pre.clamp(max=0.0)
+    return pre.relu() + _DEAD_SLOPE * (below - below.detach())
 
 
 def _jump(pre: Tensor, threshold: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
+# Share of all entries above which dense products are faster, measured on CPUs.
+_DENSE_SHARE = 0.25
+
 
 class Pattern:
     """Which latents are active on which activation: M entries, row by row.
@@ -38,26 +41,39 @@ class Pattern:
 
     def mix(self, values: Tensor, latents: Tensor) -> Tensor:
         """[N, C]: for each activation the sum of the rows of `latents` [L, C], weighted by `values` [M]."""
+        if self._mostly_full():
+            return self._dense(values) @ latents
         return _bags(self.ids, latents, self.offsets, values)
 
     def collect(self, values: Tensor, activations: Tensor) -> Tensor:
         """[L, C]: for each latent the sum of the rows of `activations` [N, C], weighted by `values` [M]."""
+        if self._mostly_full():
+            return self._dense(values).T @ activations
         order, rows, starts = self._by_latent()
         return _bags(rows, activations, starts, values[order])
 
     def products(self, activations: Tensor, latents: Tensor) -> Tensor:
         """[M]: the scalar product of each entry's row of `activations` [N, C] with its row of `latents` [L, C]."""
+        if self._mostly_full():
+            return (activations @ latents.T)[self.rows(), self.ids]
         shape = (self.num_rows, self.num_latents)
         entries = _compressed(self.offsets, self.ids, activations.new_zeros(len(self.ids)), shape)
         return torch.sparse.sampled_addmm(entries, activations, latents.T, beta=0.0).values()
+
+    def _mostly_full(self) -> bool:
+        return len(self.ids) > _DENSE_SHARE * self.num_rows * self.num_latents
+
+    def _dense(self, values: Tensor) -> Tensor:
+        """[N, L] with the entries' values, zero elsewhere."""
+        return values.new_zeros(self.num_rows, self.num_latents).index_put_((self.rows(), self.ids), values)
 
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The entries by latent, of one latent by row: their order [M], their rows [M], where each latent's begin [L + 1]."""
         if self._sorted is None:
             small = self.ids.to(torch.int16 if self.num_latents < 2**15 else torch.int32)  # sorts faster
-            order = small.sort(stable=True).indices
-            starts = self.offsets.new_zeros(self.num_latents + 1)
-            torch.cumsum(torch.bincount(self.ids, minlength=self.num_latents), 0, out=starts[1:])
+            ids, order = small.sort(stable=True)
+            # Where each latent's entries begin; bincount would make a GPU wait.
+            starts = torch.searchsorted(ids, torch.arange(self.num_latents + 1, device=ids.device, dtype=torch.int32))
             self._sorted = order, self.rows()[order], starts
         return self._sorted
 

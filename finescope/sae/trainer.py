@@ -11,7 +11,7 @@ from finescope.config import SaeSection
 from finescope.errors import StepFailed
 from finescope.sae.autoencoder import fold
 from finescope.sae.group import Group
-from finescope.sae.objective import Losses, Weights, losses
+from finescope.sae.objective import Losses, Scratch, Weights, losses
 
 # The encoder starts as a share of the decoder's transpose: at 1 the k latents that win overlap and overshoot.
 _ENCODER_START = 0.3
@@ -46,15 +46,19 @@ class Trainer:
         # Since the last record: sums of x [C], of |x|^2, of the squared error, of active latents; activations.
         self._window = torch.zeros(width + 4, dtype=torch.float64, device=directions.device)
         self._active = torch.zeros(size, dtype=torch.bool, device=directions.device)
+        self._lowest = directions.new_zeros(2)  # batch_topk, since the last step: sum of the smallest values kept; shares
         self._rows = 0
+        self._scratch = Scratch()
 
     def accumulate(self, batch: Tensor, shares: int) -> None:
         """Add the gradients of one of the `shares` of a step: standardised activations [N, C]."""
-        found = losses(self.weights, batch, self.section, self.dead().nonzero()[:, 0])
+        found = losses(self.weights, batch, self.section, self.dead().nonzero()[:, 0], self._scratch)
         (found.total / shares).backward()
         self._active |= found.active
         self._rows += len(batch)
         self._tally(batch, found)
+        if found.lowest is not None:
+            self._lowest += torch.stack([found.lowest, torch.ones_like(found.lowest)])
 
     def step(self, group: Group, total_steps: int) -> None:
         """Sum the gradients over the group, move the weights, put the decoder's rows back to unit norm."""
@@ -66,11 +70,13 @@ class Trainer:
             decoder, gradient = weights.decoder_weight, weights.decoder_weight.grad
             assert gradient is not None
             # What lies along a row only changes its norm, which is put back below; left in, it spoils Adam's moments.
-            gradient.addcmul_(decoder, torch.linalg.vecdot(gradient, decoder)[:, None], value=-1)
+            gradient.addcmul_(decoder, torch.einsum("lc,lc->l", gradient, decoder)[:, None], value=-1)
             self._set_learning_rate(total_steps)
             self._optimiser.step()
             self._optimiser.zero_grad()
             decoder.div_(torch.linalg.vector_norm(decoder, dim=1, keepdim=True).clamp(min=1e-12))
+        if self.section.architecture == "batch_topk":
+            self._move_threshold(group)
         self._active.zero_()
         self._rows = 0
         self.steps += 1
@@ -128,7 +134,8 @@ class Trainer:
         with torch.no_grad():
             for name, weight in self.weights.named().items():
                 weight.copy_(tensors[name])
-                moments = {moment: tensors[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS}
+                # Copies: what is read lies in a file, which the next checkpoints delete.
+                moments = {moment: tensors[f"{moment}.{name}"].to(weight.device, copy=True) for moment in _MOMENTS}
                 # Where torch keeps the count depends on the optimiser's kernel: fused ones want it beside the weight.
                 self._optimiser.state[weight] = {
                     "step": torch.tensor(float(record["steps"]), device=weight.device),
@@ -147,9 +154,15 @@ class Trainer:
         window[-3] += found.error
         window[-2] += found.num_active
         window[-1] += len(batch)
-        if found.lowest is not None:
-            memory = _THRESHOLD_MEMORY if self.steps else 0.0
-            self.batch_threshold.lerp_(found.lowest, 1 - memory)
+
+    def _move_threshold(self, group: Group) -> None:
+        """Towards the mean, over the shares of the step, of the smallest value that was kept."""
+        group.add([self._lowest])
+        lowest, shares = self._lowest
+        memory = _THRESHOLD_MEMORY if self.steps else 0.0
+        moved = self.batch_threshold.lerp(lowest / shares.clamp(min=1), 1 - memory)
+        self.batch_threshold = torch.where(shares > 0, moved, self.batch_threshold)
+        self._lowest.zero_()
 
     def _set_learning_rate(self, total_steps: int) -> None:
         """Linear warm-up, a plateau, linear decay to zero."""
@@ -160,11 +173,14 @@ class Trainer:
             group["lr"] = section.learning_rate * min(warmup, decay)
 
 
-def starting_directions(data: Tensor, count: int, seed: int) -> Tensor:
-    """Unit rows [count, C]: activations of `data` [n, C] drawn at random, and random directions where those are too few."""
+def starting_directions(data: Tensor, count: int, seed: int, mean: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> Tensor:
+    """Unit rows [count, C]: activations of `data` [n, C] drawn at random, and random directions where those are too few.
+
+    Those that are drawn are standardised by `mean` and `scale` [C].
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(data), generator=generator)[:count]
-    chosen = data[drawn.to(data.device)]
+    chosen = (data[drawn.to(data.device)] - mean) / scale
     noise = torch.randn(count, data.shape[1], generator=generator).to(data)
     noise[: len(chosen)] = torch.where(chosen.norm(dim=1, keepdim=True) > 0, chosen, noise[: len(chosen)])
     return functional.normalize(noise, dim=1)

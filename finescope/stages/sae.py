@@ -16,8 +16,8 @@ from finescope.manifest import TableFile
 from finescope.models.hooks import HookPoint, module_path
 from finescope.models.load import ModelReference, load_meta_model
 from finescope.runners.base import Context, Resources, Source
-from finescope.sae.chunks import Chunk, plan_chunks
-from finescope.sae.extract import Extractor
+from finescope.sae.chunks import CHUNK_DOCUMENTS, Chunk, plan_chunks
+from finescope.sae.extract import Extractor, SiteColumns
 from finescope.sae.fit import FitPlan, work_units
 from finescope.sae.naming import MAIN, metric_name
 from finescope.sae.train import TRAINED, TrainingJob, dictionary_uri, train
@@ -97,7 +97,7 @@ def _train(
     ends = [sum(site.width for site in sites[: number + 1]) for number in range(len(sites))]
     spans = [(end - site.width, end) for site, end in zip(sites, ends, strict=True)]
     site_of = tuple(distinct.index(hook) for hook in hooks)
-    stream = _identity([step["index"].identity, step["model"].identity, section.max_tokens, section.seed, *map(repr, sites)])
+    stream = _identity([step["index"].identity, step["model"].identity, section.max_tokens, section.seed], sites)
     plan = FitPlan(
         sections=sections,
         columns=tuple(spans[number] for number in site_of),
@@ -109,18 +109,21 @@ def _train(
     job = TrainingJob(model, plan, names, sites, site_of, modules, step.uri)
     record_uri = storage.join(step.uri, TRAINED)
     if not storage.exists(record_uri):
-        cache = storage.join(step.uri, "..", f"activations-{stream}") if section.cache else None
+        cache = storage.join(step.uri.rpartition("/")[0], f"activations-{stream}") if section.cache else None
         source = Source(
             Extractor,
             (model, corpus, section.max_tokens, sites, cache),
             pa.Table.from_pylist(documents.all),
-            Resources(memory_bytes(model)),
+            Resources(memory_bytes(model) + 2 * 4 * plan.width * CHUNK_DOCUMENTS * section.max_tokens),
             int(section.buffer_mib * 2**20),
         )
         with context.reporter.task("sae: training", work_units(section), "tokens") as progress:
             context.runner.train_on_stream(train, (job,), source, section.workers, progress, _resources(plan, section.workers))
     record = storage.read_json(record_uri)
     storage.delete(storage.join(step.uri, "checkpoints"))
+    trained = record["dictionaries"][0]["tokens"]
+    if trained < section.num_tokens - section.batch_tokens:
+        context.reporter.warn(f"sae.num_tokens: {section.num_tokens:,} activations were asked for; the corpus has {trained:,}")
     return _results(record, names)
 
 
@@ -158,5 +161,10 @@ def _resources(plan: FitPlan, workers: int) -> Resources:
     return Resources(memory_bytes=PROCESS_BYTES + held + 4 * plan.buffer_rows * plan.width // workers)
 
 
-def _identity(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def _identity(parts: list[Any], sites: Iterable[SiteColumns]) -> str:
+    """Of a stream of activations: what it is made of, and every number by which its columns are chosen."""
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for site in sites:
+        digest.update(f"{site.hook} {site.d_in} {site.width}".encode() + site.coordinates.tobytes())
+        digest.update(b"" if site.basis is None else site.basis.tobytes())
+    return digest.hexdigest()[:16]

@@ -140,6 +140,7 @@ class SaeLens:
                 total_training_samples=setting.steps * setting.batch,
                 train_batch_size_samples=setting.batch,
                 lr=setting.learning_rate or 3e-4,
+                lr_end=0.0,
                 lr_decay_steps=setting.steps // 5,
                 dead_feature_window=max(1, setting.dead_after // setting.batch),
             ),

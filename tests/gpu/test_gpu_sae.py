@@ -6,7 +6,7 @@ from torch import Tensor
 
 from finescope.config import SaeSection
 from finescope.sae.fit import FitPlan, fit
-from finescope.sae.objective import Weights, losses
+from finescope.sae.objective import Scratch, Weights, losses
 from finescope.sae.sparse import rows_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_the_latents_that_were_chosen(architecture: str) 
     tensors = [decoder.clone(), 0.1 * random(LATENTS, seed=5), decoder, 0.1 * random(WIDTH, seed=6)]
     weights, reference = (Weights(*(tensor.clone().requires_grad_() for tensor in tensors), None) for _ in range(2))
     batch, none = random(ROWS, WIDTH, seed=7), torch.empty(0, dtype=torch.int64, device="cuda")
-    losses(weights, batch, section, none).total.backward()
+    losses(weights, batch, section, none, Scratch()).total.backward()
     with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
         chosen = torch.nn.functional.linear(batch - reference.decoder_bias, reference.encoder_weight, reference.encoder_bias)
     if architecture == "topk":

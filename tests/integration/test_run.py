@@ -24,6 +24,7 @@ _CURATED = pa.schema(
     [*schemas.CURATED_HEAD, ("id", pa.string()), ("source", pa.string()), *schemas.CURATED_TAIL],
 )
 _TABLES = {
+    ("sae", "latents"): schemas.LATENTS,
     ("index", "documents"): schemas.DOCUMENTS,
     ("index", "rejects"): schemas.REJECTS,
     ("sae", "metrics"): schemas.METRICS,

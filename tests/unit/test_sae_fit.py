@@ -257,7 +257,35 @@ def test_divergence_is_told() -> None:
     data, _ = planted(1000)
     data[700] = float("inf")
     with pytest.raises(StepFailed, match="loss is nan"):
+        trained(data, section(num_tokens=900, epochs=1, buffer_mib=buffer_of(300)), chunk=100)
+    with pytest.raises(StepFailed, match="activations are not finite"):
         trained(data, section(num_tokens=900, epochs=1), chunk=100)
+
+
+def test_the_learning_rate_falls_where_the_corpus_ends_early() -> None:
+    """The end is foreseen by the chunks that are left, before the last fill, which is a small one."""
+    data, _ = planted(2150)
+    settings = section(num_tokens=100_000, epochs=1, buffer_mib=buffer_of(500), batch_tokens=100)
+    rates: list[float] = []
+    step = Trainer.step
+
+    def watched(self: Trainer, *arguments: Any) -> None:
+        step(self, *arguments)
+        rates.append(self._optimiser.param_groups[0]["lr"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", watched)
+        (result,) = trained(data, settings, chunk=50)
+    assert result.trained_tokens == 2100
+    assert len(rates) == 21
+    assert rates[-1] < 0.3 * settings.learning_rate
+    falling = [rate for rate in rates if rate < settings.learning_rate]
+    assert len(falling) >= 5
+
+
+def test_more_processes_than_chunks() -> None:
+    with pytest.raises(StepFailed, match="workers: 3 processes need as many chunks"):
+        trained(planted(300)[0], section(workers=3), chunk=100)
 
 
 def test_names_of_variants() -> None:

@@ -6,8 +6,8 @@ from sae_streams import section
 from torch import Tensor
 
 from finescope.config import SaeSection
-from finescope.sae import objective
-from finescope.sae.objective import Weights, losses
+from finescope.sae import objective, sparse
+from finescope.sae.objective import Scratch, Weights, losses
 
 ROWS, LATENTS, WIDTH = 23, 40, 12
 DEAD = torch.tensor([1, 4, 5, 9, 17, 30, 39])
@@ -59,12 +59,16 @@ def naive(w: Weights, x: Tensor, settings: SaeSection, dead: Tensor) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("dead", [NO_DEAD, DEAD])
+@pytest.mark.parametrize(("dead", "dense_from"), [(NO_DEAD, 1.0), (DEAD, 0.0), (DEAD, 1.0), (DEAD[:2], 1.0)])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "relu_l1"])
-def test_value_and_gradients_are_those_of_dense_products(architecture: str, dead: Tensor) -> None:
+def test_value_and_gradients_are_those_of_dense_products(
+    architecture: str, dead: Tensor, dense_from: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By sparse products, by dense ones, and with fewer dead latents than it may take."""
+    monkeypatch.setattr(sparse, "_DENSE_SHARE", dense_from)
     settings = section(architecture=architecture, num_latents=LATENTS, k=5, auxk=3, auxk_coefficient=0.5, l1_coefficient=0.01)
     found, expected = weights(), weights()
-    loss = losses(found, batch(), settings, dead)
+    loss = losses(found, batch(), settings, dead, Scratch())
     loss.total.backward()
     reference = naive(expected, batch(), settings, dead)
     reference.backward()
@@ -76,7 +80,7 @@ def test_value_and_gradients_are_those_of_dense_products(architecture: str, dead
 def test_figures_of_a_batch() -> None:
     settings = section(num_latents=LATENTS, k=5)
     w, x = weights(), batch()
-    found = losses(w, x, settings, NO_DEAD)
+    found = losses(w, x, settings, NO_DEAD, Scratch())
     pre = (x - w.decoder_bias) @ w.encoder_weight.T + w.encoder_bias
     values = torch.zeros_like(pre).scatter(1, pre.topk(5, dim=1).indices, 1.0) * pre.relu()
     assert torch.equal(found.active, (values > 0).any(0))
@@ -101,7 +105,7 @@ def test_jumprelu_gradients_are_those_of_the_paper() -> None:
     settings = section(architecture="jumprelu", num_latents=LATENTS, l0_coefficient=0.02)
     w, x = weights(jump=True), batch()
     assert w.log_threshold is not None
-    found = losses(w, x, settings, NO_DEAD)
+    found = losses(w, x, settings, NO_DEAD, Scratch())
     found.total.backward()
     threshold = w.log_threshold.detach().exp()
     pre = ((x - w.decoder_bias) @ w.encoder_weight.T + w.encoder_bias).detach()

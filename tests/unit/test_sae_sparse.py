@@ -1,8 +1,12 @@
+from collections.abc import Iterator
+
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from finescope.sae import sparse
 from finescope.sae.sparse import Pattern, decode_at, encode_at, rows_of
 
 ROWS, LATENTS, WIDTH = 7, 11, 5
@@ -25,8 +29,19 @@ def dense(pattern: Pattern, values: Tensor) -> Tensor:
     return torch.zeros(ROWS, LATENTS).index_put((pattern.rows(), pattern.ids), values)
 
 
+@pytest.fixture(autouse=True, params=["sparse", "dense"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Either way, whatever the share of entries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "_DENSE_SHARE", 1.0 if request.param == "sparse" else -1.0)
+        yield
+
+
+_FIXTURES = [HealthCheck.function_scoped_fixture]
+
+
 @given(pattern=patterns())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=_FIXTURES)
 def test_products_are_the_dense_ones(pattern: Pattern) -> None:
     values, latents, activations = random(len(pattern.ids)), random(LATENTS, WIDTH, seed=1), random(ROWS, WIDTH, seed=2)
     full = dense(pattern, values)
@@ -37,7 +52,7 @@ def test_products_are_the_dense_ones(pattern: Pattern) -> None:
 
 
 @given(pattern=patterns(), known=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=_FIXTURES)
 def test_gradients_are_those_of_autograd_on_dense_products(pattern: Pattern, known: bool) -> None:
     batch = random(ROWS, WIDTH, seed=3)
     leaves = [random(LATENTS, WIDTH, seed=4), random(LATENTS, seed=5), random(LATENTS, WIDTH, seed=6), random(WIDTH, seed=7)]
