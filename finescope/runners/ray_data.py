@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources
+from ray.data.read_api import from_blocks
 from ray.util.queue import Empty, Queue
 
 from finescope.runners.base import Progress, Result, Source, TableWorker
@@ -45,8 +46,9 @@ def map_units(
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     least, most = min(actors[0], units.num_rows), min(actors[1], units.num_rows)
-    # One block a unit: a unit is what an actor takes at a time, and what is done again when the actor is lost.
-    dataset = ray.data.from_arrow([units.slice(index, 1) for index in range(units.num_rows)]).map_batches(
+    # One block a unit: a unit is what an actor takes at a time, and what is done again when the actor is lost. from_arrow would
+    # run a task a unit first, for which a process that trains may have left no CPU.
+    dataset = from_blocks([units.slice(index, 1) for index in range(units.num_rows)]).map_batches(
         _Adapter,
         fn_constructor_args=(worker, arguments, bytes_ahead is not None),
         batch_size=1,

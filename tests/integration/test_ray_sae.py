@@ -1,5 +1,6 @@
 """Dictionaries on Ray: two processes that train together, each fed by actors, and one process that does it all."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ def session() -> Iterator[None]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("RAY_worker_niceness", "0")
+        # The workers below are classes of this file, which no other process can import.
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=directory)
         yield
         ray.shutdown()
