@@ -28,6 +28,8 @@ from finescope.steps import Outcome, StepInput
 
 # Of the chunks this share, and so many at most, are measured on and never trained on.
 _HELD_OUT_SHARE, _HELD_OUT_CHUNKS = 0.05, 4
+# Documents on which a dictionary that was given is measured again.
+_MEASURED_DOCUMENTS = 256
 
 # Of what is recorded about a dictionary; too long for a manifest, or in a table.
 _NO_FACTS = ("name", "history", "metrics", "latents_bytes")
@@ -59,7 +61,8 @@ def sae(context: Context, corpus: CorpusSection, section: SaeSection, step: Step
     given = DocumentSet(model, corpus, section.max_tokens, tuple(documents.held_out))
     tables: dict[str, tuple[TableFile, ...]] = {}
     if section.path is not None:
-        facts, rows, latents = adopted(context, given, section.path, dictionary_uri(step.uri, MAIN))
+        few = given.first(_MEASURED_DOCUMENTS)
+        facts, rows, latents = adopted(context, few, section.path, dictionary_uri(step.uri, MAIN))
         tables["latents"] = write_table(step.uri, "latents", latents)
         names = (MAIN,)
     else:
@@ -110,6 +113,8 @@ def _train(
     record_uri = storage.join(step.uri, TRAINED)
     if not storage.exists(record_uri):
         cache = storage.join(step.uri.rpartition("/")[0], f"activations-{stream}") if section.cache else None
+        if cache is not None:
+            storage.delete_temporaries(cache)
         source = Source(
             Extractor,
             (model, corpus, section.max_tokens, sites, cache),

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 
 import numpy as np
@@ -62,12 +63,14 @@ def main() -> None:
     results = []
     for num_latents, k in SIZES:
         for dead in (False, True):
-            # Dead after one step, so that the silent ones are; those that win now and then are revived by their wins.
+            # Of 100 steps ours keeps the figures of every second. Dead after one step, so that the silent ones are; those that
+            # win now and then are revived by their wins.
             after = arguments.batch if dead else 10_000_000
-            setting = Setting(data.shape[1], num_latents, k, arguments.batch, 1000, dead_after=after)
+            setting = Setting(data.shape[1], num_latents, k, arguments.batch, 100, dead_after=after)
             speed = time_steps(data, setting, dead, arguments.rounds)
             ratios = {f"ours_to_{name}": speed["ours"] / value for name, value in speed.items() if name != "ours"}
             results.append({"num_latents": num_latents, "k": k, "auxk": dead, "tokens_per_second": speed, **ratios})
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     machine = {"processor": platform.processor(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     print(json.dumps({"machine": machine, "torch": torch.__version__, "batch": arguments.batch, "results": results}, indent=2))
 

@@ -197,7 +197,9 @@ class DictionaryLearning:
 
 
 class Sparsify:
-    """sparsify's SparseCoder, with the steps that its trainer takes around it, and torch's fused Adam."""
+    """sparsify's SparseCoder with the steps that its trainer takes around it: its rate and linear warm-up and decay for Adam
+    (its default optimiser is another one), the warm-up in the share of ours; Adam is torch's fused one, which is faster.
+    """
 
     def __init__(self, setting: Setting, first: Tensor) -> None:
         from sparsify import SparseCoder, SparseCoderConfig
@@ -205,7 +207,12 @@ class Sparsify:
         torch.manual_seed(0)
         self._coder = SparseCoder(setting.width, SparseCoderConfig(num_latents=setting.num_latents, k=setting.k))
         self._coder.b_dec.data = first.mean(0)
-        self._optimiser = torch.optim.Adam(self._coder.parameters(), lr=setting.learning_rate or 3e-4, fused=True)
+        rate = setting.learning_rate or 2e-4 / (setting.num_latents / 2**14) ** 0.5
+        self._optimiser = torch.optim.Adam(self._coder.parameters(), lr=rate, fused=True)
+        warm, steps = max(1, setting.steps // 20), setting.steps
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimiser, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        )
         self._silent = torch.zeros(setting.num_latents, dtype=torch.int64)
         self._dead_after = setting.dead_after
 
@@ -219,6 +226,7 @@ class Sparsify:
         coder.remove_gradient_parallel_to_decoder_directions()
         self._optimiser.step()
         self._optimiser.zero_grad()
+        self._schedule.step()
 
     @torch.no_grad()
     def reconstruct(self, batch: Tensor) -> tuple[Tensor, Tensor]:
