@@ -19,8 +19,8 @@ _DEAD_SLOPE = 0.1
 # Of batch_topk: so many times k of each row are looked at before the whole batch is.
 _CANDIDATES = 4
 # Of jumprelu: width of the window around a threshold in which the threshold feels the gradient, in units of the
-# pre-activations of standardised coordinates.
-_BANDWIDTH = 0.5
+# pre-activations of standardised coordinates: from 0 to twice where it starts, as trainings here are short.
+_BANDWIDTH = 1.0
 
 
 @dataclass

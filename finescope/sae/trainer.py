@@ -16,7 +16,9 @@ from finescope.sae.objective import Losses, Scratch, Weights, losses
 # The encoder starts as a share of the decoder's transpose: at 1 the k latents that win overlap and overshoot.
 _ENCODER_START = 0.3
 # Of jumprelu, in units of the pre-activations of standardised coordinates.
-_THRESHOLD_START = 0.1
+_THRESHOLD_START = 0.5
+# Adam moves a threshold's logarithm by its rate a step at most: at the weights' rate it would take tens of thousands.
+_THRESHOLD_RATE = 10.0
 # Of batch_topk: how much of the threshold that inference uses stays at a step.
 _THRESHOLD_MEMORY = 0.99
 _RECORDS = 50  # of the history, over the whole training
@@ -38,7 +40,11 @@ class Trainer:
             decoder_bias=directions.new_zeros(width).requires_grad_(),
             log_threshold=None if threshold is None else threshold.requires_grad_(),
         )
-        self._optimiser = torch.optim.Adam(self.weights.named().values(), lr=section.learning_rate, fused=True)
+        groups = [
+            {"params": [weight], "rate": _THRESHOLD_RATE if name == "log_threshold" else 1.0}
+            for name, weight in self.weights.named().items()
+        ]
+        self._optimiser = torch.optim.Adam(groups, lr=section.learning_rate, fused=True)
         self.silent_tokens = torch.zeros(size, dtype=torch.int64, device=directions.device)
         self.batch_threshold = directions.new_zeros(())  # batch_topk: running mean of the smallest value kept
         self.steps = 0
@@ -170,7 +176,7 @@ class Trainer:
         warmup = min(1.0, (self.steps + 1) / max(1.0, section.warmup_share * total_steps))
         decay = min(1.0, (total_steps - self.steps) / max(1.0, section.decay_share * total_steps))
         for group in self._optimiser.param_groups:
-            group["lr"] = section.learning_rate * min(warmup, decay)
+            group["lr"] = group["rate"] * section.learning_rate * min(warmup, decay)
 
 
 def starting_directions(data: Tensor, count: int, seed: int, mean: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> Tensor:

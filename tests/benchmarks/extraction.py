@@ -37,14 +37,14 @@ from finescope.sae.stream import used_positions
 LAYER, WIDTH = 10, 576
 
 
-def chunks_of(corpus: CorpusSection, count: int) -> list[Chunk]:
-    """The first chunks of the plan over all of the corpus."""
+def chunks_of(corpus: CorpusSection, count: int, documents: int) -> list[Chunk]:
+    """The first chunks of the plan over all of the corpus, cut to their first documents."""
     units: list[dict[str, Any]] = []
     for number, file in enumerate(resolve(corpus)):
         for row in inspect_file(file, corpus).documents.to_pylist():
             place = {"unit": len(units), "take": row["num_rows"], "name": f"{number}", "file_index": number}
             units.append({**row, **place})
-    return plan_chunks(units, seed=0)[:count]
+    return [{**chunk, "count": documents} for chunk in plan_chunks(units, seed=0)[:count]]
 
 
 def forward_alone(model: ModelReference, corpus: CorpusSection, chunks: list[Chunk], max_tokens: int) -> Callable[[], float]:
@@ -75,13 +75,17 @@ def through_ray(stream: UnitStream, count: int) -> float:
 
 
 def with_training(source: Source, section: SaeSection) -> Callable[[], float]:
-    """Seconds a token of extraction and training in one process; the model is loaded before the clock starts."""
+    """Seconds a token of extraction and training in one process.
+
+    The model is loaded, and the first chunk, which is held out and not trained on, extracted before the clock starts.
+    """
     worker = source.worker(*source.arguments)
-    worker(source.units.slice(0, 1))
+    first = activations_of(worker(source.units.slice(0, 1)))
     count = source.units.num_rows
 
     def stream(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
-        return (activations_of(worker(source.units.slice(number, 1))) for number in range(start, stop, step))
+        for number in range(start, stop, step):
+            yield activations_of(worker(source.units.slice(number, 1))) if number else first
 
     def run() -> float:
         began = time.perf_counter()
@@ -95,7 +99,8 @@ def with_training(source: Source, section: SaeSection) -> Callable[[], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", required=True)
-    parser.add_argument("--chunks", type=int, default=6)
+    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--documents", type=int, default=64, help="of a chunk")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -103,12 +108,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     corpus = CorpusSection.model_validate({"path": arguments.corpus, "id": "id", "text": "{instruction}\n{input}\n{output}"})
-    chunks = chunks_of(corpus, arguments.chunks)
+    chunks = chunks_of(corpus, arguments.chunks, arguments.documents)
     with tempfile.TemporaryDirectory(prefix="fs", dir="/tmp") as folder:
         model = reference(folder)
         sites = (SiteColumns(HookPoint(LAYER), WIDTH, np.arange(WIDTH), None),)
         settings = (model, corpus, arguments.max_tokens, sites, None)
-        # A chunk that is held out would be work of extraction that no training answers to: it is left empty.
         source = Source(Extractor, settings, pa.Table.from_pylist(chunks), Resources(), 2**28)
         section = SaeSection.model_validate({"num_tokens": 10**9, "coordinates": {"method": "all"}, "dead_after_tokens": 20_000})
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder + "/r")
