@@ -163,14 +163,19 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
     sae, embed = recipe.sae, recipe.embed
     coordinates = model.d_model if sae.coordinates.method == "all" else min(sae.coordinates.count, model.d_model)
     dictionary = 2 * coordinates * sae.num_latents
-    blocks = model.block_parameters * sae.layer / model.num_layers
-    weights = int((blocks + model.embedding_parameters) * model.bytes_per_parameter)
+    dictionaries = sae.dictionaries()
+    in_training = sum(2 * coordinates * item.num_latents for item in dictionaries)
+    layers = {item.layer for item in dictionaries}
+    blocks, deepest = (model.block_parameters * layer / model.num_layers for layer in (sae.layer, max(layers)))
+    weights, read = (int((part + model.embedding_parameters) * model.bytes_per_parameter) for part in (blocks, deepest))
     trained = 0 if sae.path else min(sae.num_tokens, corpus.documents * corpus.tokens(sae.max_tokens))
     tokens = corpus.documents * corpus.tokens(embed.max_tokens)
-    buffer = min(int(sae.buffer_mib * 2**20), 4 * coordinates * trained)
+    activations = 4 * coordinates * len(layers)  # bytes of one, at every layer
+    buffer = min(int(sae.buffer_mib * 2**20), activations * trained)
     row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents
     curated = min(recipe.curate.documents, corpus.documents)
-    sae_flops = trained * (2 * blocks + 6 * dictionary * sae.epochs)
+    # Of a training step: the encoder's product; what its active latents cost is little beside it (not of relu_l1 and jumprelu).
+    sae_flops = trained * (2 * deepest + in_training * sae.epochs)
     return [
         # Weights, their gradient and two moments of Adam's, fp32; the activations of a step.
         Cost(
@@ -179,9 +184,9 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
             0,
             trained,
             sae_flops,
-            _PROCESS + weights + buffer + 16 * dictionary + 12 * sae.batch_tokens * sae.num_latents,
-            # The dictionary, two checkpoints of it with Adam's moments, and the activations where they are kept.
-            28 * dictionary + 4 * coordinates * trained * sae.cache,
+            _PROCESS + read + buffer + 16 * in_training + 12 * sae.batch_tokens * sae.num_latents,
+            # The dictionaries, two checkpoints of them with Adam's moments, and the activations where they are kept.
+            28 * in_training + activations * trained * sae.cache,
         ),
         Cost(
             "embed",
