@@ -180,15 +180,17 @@ class Trainer:
 
 
 def starting_directions(data: Tensor, count: int, seed: int, mean: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> Tensor:
-    """Unit rows [count, C]: activations of `data` [n, C] drawn at random, and random directions where those are too few.
+    """Unit rows [count, C]: activations of `data` [n, C] drawn at random, each mixed with as much of a random direction.
 
-    Those that are drawn are standardised by `mean` and `scale` [C].
+    The activations put the rows where the data is; alone they would leave those dead that were drawn at a rare token (see
+    docs/benchmarks.md). Random directions alone stand where there are too few. `mean` and `scale` [C] standardise.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(data), generator=generator)[:count]
     chosen = (data[drawn.to(data.device)] - mean) / scale
     noise = torch.randn(count, data.shape[1], generator=generator).to(data)
-    noise[: len(chosen)] = torch.where(chosen.norm(dim=1, keepdim=True) > 0, chosen, noise[: len(chosen)])
+    noise = functional.normalize(noise, dim=1)
+    noise[: len(chosen)] += functional.normalize(chosen, dim=1)
     return functional.normalize(noise, dim=1)
 
 

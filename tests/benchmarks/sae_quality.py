@@ -2,10 +2,10 @@
 
     python tests/benchmarks/sae_quality.py --activations activations.npz
 
-FVU is that of held-out documents' activations, over all of them; a latent is dead if it is active on none of them, or on none
-of the training activations of the last pass. Twice: `standardised`, all trained on coordinates of variance 1; `raw`, the peers
-on the activations as they are but for one scale (their own practice), ours on them through its own standardisation. In `raw`
-the FVU is given in both units. Each peer runs with its own learning rate and with ours.
+FVU is that of held-out documents' activations, over all of them; a latent is dead if it is active on none of the training
+activations, by the weights at the end. Twice: `standardised`, all trained on coordinates of variance 1; `raw`, the peers on the
+activations as they are but for one scale (their own practice), ours on them through its own standardisation. The FVU is given in
+both units. Each peer runs with its own learning rate and with others, ours among them.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def train(trainer: StepTrainer, data: Tensor, setting: Setting, epochs: int) -> 
                 trainer.step(data[rows])
                 done += 1
     assert done == setting.steps, (done, setting.steps)
-    return torch.stack([trainer.reconstruct(batch)[1].any(0) for batch in data[:100_000].split(4096)]).any(0)
+    return torch.stack([trainer.reconstruct(batch)[1].any(0) for batch in data.split(4096)]).any(0)
 
 
 def measure(trainer: StepTrainer, held_out: Tensor, mean: Tensor, scale: Tensor) -> dict[str, float]:
@@ -55,12 +55,14 @@ def measure(trainer: StepTrainer, held_out: Tensor, mean: Tensor, scale: Tensor)
     return {"fvu": seen.value, "fvu_rescaled": other.value, "l0": active / len(held_out)}
 
 
-def compare(data: Tensor, held_out: Tensor, setting: Setting, epochs: int, raw: bool) -> list[dict[str, Any]]:
+def compare(
+    data: Tensor, held_out: Tensor, setting: Setting, epochs: int, raw: bool, rates: list[float | None], names: list[str]
+) -> list[dict[str, Any]]:
     """A row a trainer and learning rate."""
     mean, scale = data.mean(0), data.std(0)
     rows = []
     makers: dict[str, Any] = {"ours": Ours, **peers()}
-    for name, make in makers.items():
+    for name, make in ((name, make) for name, make in makers.items() if name in names):
         standardised = not raw or name == "ours"
         # What a peer sees of raw activations: one scale for all, so that the mean norm is the root of the width.
         factor = data.shape[1] ** 0.5 / data.norm(dim=1).mean()
@@ -68,7 +70,7 @@ def compare(data: Tensor, held_out: Tensor, setting: Setting, epochs: int, raw: 
         test_on = (held_out - mean) / scale if standardised else held_out * factor
         # From what is seen to the other units: raw ones where standardised ones are seen, and the other way round.
         back = (-mean / scale, 1 / scale) if standardised else (mean * factor, scale * factor)
-        for rate in (None,) if name == "ours" else (None, 1e-3):
+        for rate in (None,) if name == "ours" else rates:
             chosen = Setting(**{**vars(setting), "learning_rate": rate})
             trainer, began = make(chosen, train_on[: setting.num_latents]), time.perf_counter()
             alive = train(trainer, train_on, chosen, epochs)
@@ -92,7 +94,10 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--units", choices=["standardised", "raw", "both"], default="both")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3], help="of the peers, beside their own")
+    parser.add_argument("--trainers", nargs="+", default=["ours", "saelens", "dictionary_learning", "sparsify"])
     arguments = parser.parse_args()
+    rates = [None, *arguments.rates]
     data, held_out = split(arguments.activations, arguments.layer, arguments.tokens)
     setting = Setting(
         width=data.shape[1],
@@ -105,7 +110,7 @@ def main() -> None:
     result: dict[str, Any] = {"setting": vars(setting), "tokens": len(data), "held_out": len(held_out)}
     for units in ("standardised", "raw"):
         if arguments.units in (units, "both"):
-            result[units] = compare(data, held_out, setting, arguments.epochs, units == "raw")
+            result[units] = compare(data, held_out, setting, arguments.epochs, units == "raw", rates, arguments.trainers)
     print(json.dumps(result, indent=2))
 
 
