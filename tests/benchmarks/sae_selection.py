@@ -136,10 +136,7 @@ def main() -> None:
             fitted = time.perf_counter()
             codes = pooled(autoencoder, data, document, len(labels))
             seed_codes = {
-                domain: pooled(
-                    autoencoder, found[f"layer_{arguments.layer}"], found["document"], int(found["document"].max()) + 1
-                )
-                for domain, found in seeds.items()
+                domain: pooled(autoencoder, values, owner, int(owner.max()) + 1) for domain, (values, owner) in seeds.items()
             }
             figures = {"fvu": result.held_out.fvu, "dead_share": result.held_out.statistics.dead_share}
             times = {"select_s": selected - began, "fit_s": fitted - selected}
