@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from finescope.config import CoordinatesSection
+from finescope.config_sae import CoordinatesSection
 from finescope.errors import StepFailed
 from finescope.models.hooks import HookPoint, capture, hook_width, values_of_embeddings
 from finescope.sae.stream import TokenBatch, used_positions

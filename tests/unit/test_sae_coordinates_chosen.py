@@ -2,7 +2,7 @@
 
 import torch
 
-from finescope.config import CoordinatesSection
+from finescope.config_sae import CoordinatesSection
 from finescope.sae.coordinates import Sums, coordinates_of, merge, reads_activations
 
 METHODS = ("jacobian", "magnitude", "variance", "pca", "random", "all")
