@@ -162,13 +162,20 @@ def _failures(name: str, output: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        log = storage.join(output, "logs", f"{name}-{manifest.now().replace(':', '')}.log")
-        storage.put_bytes(log, "".join(traceback.format_exception(error)).encode())
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = "" if isinstance(error, StepFailed) else f"{type(error).__name__}: "
         failure = StepFailed(f"step '{name}' failed: {kind}{reason}")
-        failure.log_path = log
+        failure.log_path = _kept(error, storage.join(output, "logs", f"{name}-{manifest.now().replace(':', '')}.log"))
         raise failure from error
+
+
+def _kept(error: Exception, log: str) -> str | None:
+    """Where the traceback is; None where the output takes no file, as on a full disk, which is then most often the error."""
+    try:
+        storage.put_bytes(log, "".join(traceback.format_exception(error)).encode())
+    except OSError:
+        return None
+    return log
 
 
 def _check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:

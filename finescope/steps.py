@@ -1,5 +1,6 @@
 """A step is data: a name, a version, a section and inputs. Identity and place follow; what is done is not done again."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -116,8 +117,12 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
         _check_counts(step, outcome)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        mark(output, step.name, state.model_copy(update={"state": "failed", "finished": now(), "error": reason}))
+        # On a full disk not even this can be written; what failed first is what a person must know.
+        with contextlib.suppress(OSError):
+            mark(output, step.name, state.model_copy(update={"state": "failed", "finished": now(), "error": reason}))
         raise
+    # Workers that were lost meanwhile, and done again, left theirs.
+    storage.delete_temporaries(uri)
     manifest = Manifest(
         step=step.name,
         version=step.version,

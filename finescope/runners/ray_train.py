@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import os
 import pickle
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +26,7 @@ from finescope.runners.ray_deepspeed import DeepSpeedEngine, check_installed
 # Worker groups that may be lost; each time the loop goes on from its newest checkpoint.
 _MAX_FAILURES = 3
 _POLL_SECONDS = 0.5
+_SCRATCH = "finescope-train-"  # and the driver's process id
 _TIMEOUT_SECONDS = 86_400
 _FAILURE_POLLS = 20  # how long a process that failed waits for the others to fail alike
 
@@ -50,7 +53,7 @@ def train(
         check_installed()
     relay: Any = _Relay.options(num_cpus=0).remote()  # pyright: ignore[reportAttributeAccessIssue]
     # Ray Train keeps nothing of ours there: checkpoints are the loop's own. It wants a place to write all the same.
-    scratch = tempfile.mkdtemp(prefix="finescope-train-")
+    scratch = _scratch_directory()
     gpus = "GPU" in per_worker
     memory = {"memory": float(resources.memory_bytes)} if resources.memory_bytes else {}
     trainer = TorchTrainer(
@@ -78,6 +81,17 @@ def train(
     finally:
         ray.kill(relay)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch_directory() -> str:
+    """A directory of this process, made after those that drivers which were killed have left."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}[0-9]*-*"):
+        with contextlib.suppress(PermissionError):  # another user's
+            try:
+                os.kill(int(left.name.split("-")[2]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
 
 
 @ray.remote

@@ -180,3 +180,13 @@ def test_missing_deepspeed_is_said_before_anything_starts(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray_deepspeed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r"finescope\[deepspeed\]"):
         ray_train.train(train, (), lambda _: None, Resources(), 2, {"CPU": 1.0}, 2)
+
+
+def test_scratch_of_drivers_that_were_killed_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, living, other = "finescope-train-4194305-abc", f"finescope-train-{os.getpid()}-abc", "finescope-train-notes"
+    for name in (dead, living, other):
+        (tmp_path / name / "training").mkdir(parents=True)
+    made = Path(ray_train._scratch_directory()).name
+    assert {path.name for path in tmp_path.iterdir()} == {living, other, made}
+    assert made.startswith(f"finescope-train-{os.getpid()}-")

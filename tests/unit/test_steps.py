@@ -193,6 +193,25 @@ def test_a_killed_attempt_goes_on_in_its_directory(tmp_path: Path, process: subp
     assert sorted(contents(tmp_path)) == ["first/manifest.json", "first/out.txt", "first/step.json", "run.json"]
 
 
+def test_what_lost_workers_leave_is_gone_when_the_step_is_done(tmp_path: Path):
+    def leave(step: StepInput) -> None:
+        storage.put_bytes(f"{step.uri}/units/{storage.TEMPORARY_PREFIX}half", b"half")
+
+    steps.run(FIRST, str(tmp_path), Function(then=leave))
+    assert list(tmp_path.rglob(f"{storage.TEMPORARY_PREFIX}*")) == []
+
+
+def test_what_failed_first_is_told_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(step: StepInput) -> None:
+        def put_bytes(uri: str, data: bytes) -> None:
+            raise OSError("still full")
+
+        monkeypatch.setattr(storage, "put_bytes", put_bytes)
+
+    with pytest.raises(StepFailed, match="the first reason"):
+        steps.run(FIRST, str(tmp_path), Function(StepFailed("the first reason"), full))
+
+
 def test_a_driver_that_lives_is_not_disturbed(tmp_path: Path, process: subprocess.Popen[bytes]):
     killed(str(tmp_path), pid=process.pid)
     before, function = contents(tmp_path), Function()
