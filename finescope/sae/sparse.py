@@ -16,6 +16,8 @@ from torch.nn import functional
 
 # Share of all entries above which dense products are faster, measured on CPUs.
 _DENSE_SHARE = 0.25
+# Dense products are padded to whole tiles: at a ragged edge the order of a sum depends on how the threads split the matrix.
+_TILE = 64
 
 
 class Pattern:
@@ -42,20 +44,24 @@ class Pattern:
     def mix(self, values: Tensor, latents: Tensor) -> Tensor:
         """[N, C]: for each activation the sum of the rows of `latents` [L, C], weighted by `values` [M]."""
         if self._mostly_full():
-            return self._dense(values) @ latents
+            rows, columns = latents.shape
+            padded = functional.pad(latents, (0, -columns % _TILE, 0, -rows % _TILE))
+            return (self._dense(values) @ padded)[:, :columns]
         return _bags(self.ids, latents, self.offsets, values)
 
     def collect(self, values: Tensor, activations: Tensor) -> Tensor:
         """[L, C]: for each latent the sum of the rows of `activations` [N, C], weighted by `values` [M]."""
         if self._mostly_full():
-            return self._dense(values).T @ activations
+            padded = functional.pad(activations, (0, -activations.shape[1] % _TILE))
+            return (self._dense(values).T @ padded)[: self.num_latents, : activations.shape[1]]
         order, rows, starts = self._by_latent()
         return _bags(rows, activations, starts, values[order])
 
     def products(self, activations: Tensor, latents: Tensor) -> Tensor:
         """[M]: the scalar product of each entry's row of `activations` [N, C] with its row of `latents` [L, C]."""
         if self._mostly_full():
-            return (activations @ latents.T)[self.rows(), self.ids]
+            padded = functional.pad(latents, (0, 0, 0, -len(latents) % _TILE))
+            return (activations @ padded.T)[self.rows(), self.ids]
         shape = (self.num_rows, self.num_latents)
         entries = _compressed(self.offsets, self.ids, activations.new_zeros(len(self.ids)), shape)
         return torch.sparse.sampled_addmm(entries, activations, latents.T, beta=0.0).values()
@@ -64,8 +70,9 @@ class Pattern:
         return len(self.ids) > _DENSE_SHARE * self.num_rows * self.num_latents
 
     def _dense(self, values: Tensor) -> Tensor:
-        """[N, L] with the entries' values, zero elsewhere."""
-        return values.new_zeros(self.num_rows, self.num_latents).index_put_((self.rows(), self.ids), values)
+        """[N, L rounded up to whole tiles] with the entries' values, zero elsewhere."""
+        columns = self.num_latents + -self.num_latents % _TILE
+        return values.new_zeros(self.num_rows, columns).index_put_((self.rows(), self.ids), values)
 
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The entries by latent, of one latent by row: their order [M], their rows [M], where each latent's begin [L + 1]."""

@@ -93,3 +93,25 @@ def test_many_latents_keep_their_order() -> None:
     collected = rows_of(ids, latents).collect(torch.ones(4), torch.tensor([[1.0], [10.0]]))
     assert collected[[5, 2**15, latents - 1], 0].tolist() == [1.0, 10.0, 11.0]
     assert collected.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("coordinates", [100, 256])
+def test_number_of_threads_has_no_say_in_full_patterns(coordinates: int) -> None:
+    """A few dead latents make a nearly full pattern, whose products are dense and narrow."""
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(257, coordinates, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        for num_latents in range(1, 49):
+            pattern = rows_of(torch.arange(num_latents).expand(257, num_latents), num_latents)
+            values = torch.rand(257 * num_latents, generator=generator)
+            latents = torch.randn(num_latents, coordinates, generator=generator)
+            found = []
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                products = pattern.products(activations, latents)
+                found.append((pattern.mix(values, latents), pattern.collect(values, activations), products))
+            for others in found[1:]:
+                assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True)), num_latents
+    finally:
+        torch.set_num_threads(before)
