@@ -65,7 +65,9 @@ class EmbedSection(Section):
     max_tokens: int = Field(default=512, ge=2, description="tokens of a document that are read, counted from its start")
     pooling: Literal["mean", "max"] = "mean"
     keep_latents: int = Field(default=128, ge=1, description="largest latents of a document's code that are stored")
-    batch_tokens: int = Field(default=4096, ge=1, description="tokens of a forward pass, padding included")
+    batch_tokens: int = Field(
+        default=4096, ge=1, description="tokens of a forward pass at most, padding included; on a CPU 1,024 at most"
+    )
 
 
 class ScoreSection(Section):

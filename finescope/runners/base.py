@@ -28,6 +28,8 @@ class Resources:
 
     memory_bytes: int = 0  # resident memory, estimated; 0: not known
     accelerator: bool = True  # whether a GPU helps
+    # Units that a worker may be given at a time, by as many threads; more than one, and it guards what they share.
+    units_at_once: int = 1
 
 
 # Results of the units start, start + step, ... below stop, in order.
@@ -54,6 +56,8 @@ class Runner(Protocol):
         self, worker: Callable[..., TableWorker], arguments: tuple[Any, ...], units: pa.Table, resources: Resources
     ) -> Iterator[pa.Table]:
         """Apply `worker(*arguments)` to the rows of `units`, one row a call, on as many workers as there are.
+
+        A worker is called by one thread at a time, or by up to `resources.units_at_once`.
 
         Yields what the calls return, in any order.
         """

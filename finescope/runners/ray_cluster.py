@@ -66,7 +66,7 @@ class RayRunner:
         # The pool's upper end is the number of units: an autoscaling cluster grows until they are all at work.
         actors = (1, max(units.num_rows, 1)) if stated == "auto" else (stated, stated)
         with _plain_errors():
-            yield from ray_data.map_units(worker, arguments, units, actors, options)
+            yield from ray_data.map_units(worker, arguments, units, actors, options, units_at_once=resources.units_at_once)
 
     def call(
         self, function: Callable[..., Result], arguments: tuple[Any, ...], progress: Progress, resources: Resources

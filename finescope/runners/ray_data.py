@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources
+from ray.data.context import DEFAULT_ACTOR_POOL_UTIL_UPSCALING_THRESHOLD
 from ray.data.read_api import from_blocks
 from ray.util.queue import Empty, Queue
 
@@ -18,6 +19,8 @@ from finescope.runners.base import Progress, Result, Source, TableWorker
 
 # Loading a large model takes minutes, in which Ray Data sees no progress.
 _NO_PROGRESS_TIMEOUT_S = 3600
+# Units that an actor has been given: one that waits costs nothing where it is at work on the other, and another actor the end.
+_UNITS_IN_FLIGHT = 2
 # Columns of a table of one row that carries an exception from a worker, or a whole table.
 _FAILURE, _TABLE = "__failure", "__table"
 
@@ -29,11 +32,13 @@ def map_units(
     actors: tuple[int, int],
     options: dict[str, Any],
     bytes_ahead: int | None = None,
+    units_at_once: int = 1,
 ) -> Iterator[pa.Table]:
     """Apply `worker(*arguments)` to each row of `units` on a pool of `actors` (least, most), in any order.
 
     `options` are an actor's resources: num_cpus, num_gpus, memory (bytes). With `bytes_ahead` there is one result a unit,
-    in the order of the units, and about so many bytes of them may wait in Ray's object store.
+    in the order of the units, and about so many bytes of them may wait in Ray's object store. An actor is at work on
+    `units_at_once` of them, each in a thread.
     """
     if units.num_rows == 0:
         return
@@ -45,6 +50,9 @@ def map_units(
     context.wait_for_min_actors_s = _NO_PROGRESS_TIMEOUT_S
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    # The pool grows where every actor has as many units as it may be given.
+    threshold = _UNITS_IN_FLIGHT / max(units_at_once, 1)
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = min(threshold, DEFAULT_ACTOR_POOL_UTIL_UPSCALING_THRESHOLD)
     least, most = min(actors[0], units.num_rows), min(actors[1], units.num_rows)
     # One block a unit: a unit is what an actor takes at a time, and what is done again when the actor is lost. from_arrow would
     # run a task a unit first, for which a process that trains may have left no CPU.
@@ -53,7 +61,13 @@ def map_units(
         fn_constructor_args=(worker, arguments, bytes_ahead is not None),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=least,
+            max_size=most,
+            max_tasks_in_flight_per_actor=max(_UNITS_IN_FLIGHT, units_at_once),
+            max_concurrent_calls_per_actor=units_at_once,
+            enable_true_multi_threading=units_at_once > 1,
+        ),
         **options,
     )
     _quiet()
@@ -97,12 +111,14 @@ class _Adapter:
         """`packed`: results travel as one row each. Ray Data cuts large tables in parts and drops empty ones."""
         self._make, self._packed = (worker, arguments), packed
         self._worker: TableWorker | None = None
+        self._making = threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
-            if self._worker is None:
-                worker, arguments = self._make
-                self._worker = worker(*arguments)
+            with self._making:
+                if self._worker is None:
+                    worker, arguments = self._make
+                    self._worker = worker(*arguments)
             result = self._worker(batch)
             return _packed(result) if self._packed else result
         except Exception as error:  # noqa: BLE001  (raised again in the driver)

@@ -1,5 +1,9 @@
 """`embed`: one sparse code a document. A unit of work is done when its shard and then its record are on storage."""
 
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,34 +21,56 @@ from finescope.stages.references import limited_units, memory_bytes, model_of
 from finescope.steps import Outcome, StepInput
 
 _RECORDS = "units"
+# What is kept of a unit: an object of JSON on storage, a row of this from the worker.
+_RECORD = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("unit", "rows_in", "rows", "rejects")),
+        ("reasons", pa.map_(pa.string(), pa.int64())),
+        ("tokens", pa.int64()),
+        ("fvu_sum", pa.float64()),
+        *((name, pa.int64()) for name in ("rejects_bytes", "bytes")),
+    ]
+)
+# One unit is computed, another read or written meanwhile.
+UNITS_AT_ONCE = 2
+# Records of an earlier attempt that are read at a time: each is a request to an object store.
+_READERS = 32
 
 
-class _EmbedUnit:
-    """Embeds one unit; the table worker of this step. The model is loaded when the first unit comes."""
+class EmbedUnit:
+    """Embeds one unit; the table worker of this step. The model is loaded when the first unit comes.
+
+    Two threads may call it: while the codes of one unit are computed, the next is read and tokenised and the one before
+    is written, so that the device never waits for storage.
+    """
 
     def __init__(self, model: ModelReference, dictionary: str, corpus: CorpusSection, section: EmbedSection, uri: str) -> None:
         self._embedder = Embedder(model, dictionary, section)
         self._corpus, self._uri = corpus, uri
+        self._reading, self._computing = threading.Lock(), threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         unit = batch.to_pylist()[0]
-        documents = read_documents(unit, self._corpus, unit["name"], self._embedder.tokenizer, unit["take"], "embed")
-        embedded = self._embedder(documents.table.column("text").to_pylist())
+        with self._reading:
+            documents = read_documents(unit, self._corpus, unit["name"], self._embedder.tokenizer, unit["take"], "embed")
+            tokens = self._embedder.tokens(documents.table.column("text").to_pylist())
+        with self._computing:
+            embedded = self._embedder.codes(tokens)
         count = documents.table.num_rows
         table = pa.table(
             {
                 "doc_id": documents.table.column("doc_id"),
-                "file": pa.array([unit["file_index"]] * count, pa.int32()),
-                "row_group": pa.array([unit["row_group"]] * count, pa.int32()),
+                "file": np.full(count, unit["file_index"], np.int32),
+                "row_group": np.full(count, unit["row_group"], np.int32),
                 "row": documents.table.column("row"),
                 **{name: embedded.column(name) for name in embedded.column_names},
             }
         )
         # The first position is no part of a code (an attention sink), so that a document of one token has none.
-        short = np.array(table.column("num_tokens").to_pylist(), np.int64) < 2
+        short = table.column("num_tokens").to_numpy() < 2
         rejects = pa.concat_tables([documents.rejects, _too_short(table.filter(pa.array(short)), unit)])
         embeddings = schemas.conform(table.filter(pa.array(~short)), schemas.EMBEDDINGS)
-        return pa.Table.from_pylist([self._write(unit, embeddings, rejects, documents.num_rows_in)])
+        return pa.Table.from_pylist([self._write(unit, embeddings, rejects, documents.num_rows_in)], schema=_RECORD)
 
     def _write(self, unit: dict[str, Any], embeddings: pa.Table, rejects: pa.Table, rows_in: int) -> dict[str, Any]:
         """Shards first, the record that makes them count last. A unit done twice writes the same bytes to the same names."""
@@ -58,13 +84,13 @@ class _EmbedUnit:
             "rows_in": rows_in,
             "rows": embeddings.num_rows,
             "rejects": rejects.num_rows,
-            "reasons": dict(sorted(_counts(rejects.column("reason").to_pylist()).items())),
-            "tokens": int(sum(embeddings.column("num_tokens").to_pylist())),
-            "fvu_sum": float(sum(embeddings.column("fvu").to_pylist())),
+            "reasons": dict(sorted(Counter(rejects.column("reason").to_pylist()).items())),
+            "tokens": int(embeddings.column("num_tokens").to_numpy().sum(dtype=np.int64)),
+            "fvu_sum": float(embeddings.column("fvu").to_numpy().sum(dtype=np.float64)),
             **sizes,
         }
         storage.put_json(storage.join(self._uri, _RECORDS, f"{unit['unit']:06d}.json"), record)
-        return {key: value for key, value in record.items() if key != "reasons"}
+        return record
 
 
 def _too_short(rows: pa.Table, unit: dict[str, Any]) -> pa.Table:
@@ -95,11 +121,16 @@ def embed(context: Context, corpus: CorpusSection, section: EmbedSection, step: 
     model = model_of(step["model"])
     arguments = (model, storage.join(step["sae"].uri, "dictionary"), corpus, section, step.uri)
     left = pa.Table.from_pylist([unit for unit in units if unit["unit"] not in done])
+    resources = Resources(memory_bytes(model), units_at_once=UNITS_AT_ONCE)
     with context.reporter.task("embed", sum(unit["take"] for unit in units), "documents") as progress:
-        progress(sum(unit["take"] for unit in units if unit["unit"] in done))
-        for record in context.runner.map(_EmbedUnit, arguments, left, Resources(memory_bytes(model))):
-            progress(sum(record.column("rows_in").to_pylist()))
-    records = [storage.read_json(storage.join(step.uri, _RECORDS, f"{unit['unit']:06d}.json")) for unit in units]
+        records = _records(step.uri, [unit["unit"] for unit in units if unit["unit"] in done])
+        progress(sum(record["rows_in"] for record in records))
+        for table in context.runner.map(EmbedUnit, arguments, left, resources):
+            (record,) = table.to_pylist(maps_as_pydicts="strict")
+            records.append(record)
+            progress(record["rows_in"])
+    # Sums of floats depend on the order, and units come in any.
+    records.sort(key=lambda record: record["unit"])
     rows_in = sum(record["rows_in"] for record in records)
     rejects = sum(record["rejects"] for record in records)
     _check_rate(rows_in, rejects, records, corpus.max_reject_rate)
@@ -111,6 +142,13 @@ def embed(context: Context, corpus: CorpusSection, section: EmbedSection, step: 
     tokens = sum(record["tokens"] for record in records)
     facts = {"tokens": tokens, "fvu": sum(record["fvu_sum"] for record in records) / max(rows, 1), "units": len(units)}
     return Outcome(rows_in, rows, rejects, tables, facts)
+
+
+def _records(uri: str, units: Iterable[int]) -> list[dict[str, Any]]:
+    """The records of units that are done."""
+    paths = [storage.join(uri, _RECORDS, f"{unit:06d}.json") for unit in units]
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(storage.read_json, paths))
 
 
 def _check_rate(rows: int, rejects: int, records: list[dict[str, Any]], most: float) -> None:
@@ -132,7 +170,3 @@ def _check_rate(rows: int, rejects: int, records: list[dict[str, Any]], most: fl
 
 def _file(table: str, unit: int, rows: int, size: int) -> TableFile:
     return TableFile(path=f"{table}/part-{unit:06d}.parquet", rows=rows, bytes=size)
-
-
-def _counts(values: list[str]) -> dict[str, int]:
-    return {value: values.count(value) for value in set(values)}
