@@ -11,6 +11,8 @@ from finescope.config_sae import SaeSection
 from finescope.section import Count, Section, Seed, Share
 
 STEPS = ("index", "model", "sae", "embed", "score", "curate", "prune", "distill", "evaluate", "report")
+# Documents that can be kept where they are chosen for diversity: among four times as many.
+MOST_DIVERSE = 50_000
 
 
 class ModelSection(Section):
@@ -78,14 +80,57 @@ class ScoreSection(Section):
 
 
 class CurateSection(Section):
-    """Which of the scored documents are kept."""
+    """Which of the scored documents are kept. Limits hold together: the strictest ends the selection."""
 
-    documents: int = Field(default=1000, ge=1, description="documents kept (paper: 100 a domain, 1,200 for code)")
-    deduplicate: bool = Field(default=True, description="of equal texts (case and white space apart) the best ranked stays")
-    decontaminate: tuple[str, ...] = Field(default=(), description="evaluation sets; a 13-gram in common removes a document")
-    per_seed: int | None = Field(default=None, ge=1, description="documents at most whose nearest seed is the same")
-    diversity: float = Field(default=0.0, ge=0.0, le=0.0, description="maximal marginal relevance; only 0.0 in this version")
+    documents: int | None = Field(
+        default=1000,
+        ge=1,
+        description="documents kept at most (paper: 100 a domain, 1,200 for code); no limit where share, tokens or threshold "
+        "is given and this is not",
+    )
+    share: Share | None = Field(default=None, gt=0.0, description="of the scored documents that are kept at most")
+    tokens: int | None = Field(
+        default=None, ge=1, description="tokens of the kept documents at most, as embed counts them: embed.max_tokens a document"
+    )
     threshold: float | None = Field(default=None, description="lowest score that is kept")
+    per_seed: int | None = Field(default=None, ge=1, description="documents at most whose nearest seed is the same")
+    deduplicate: Literal[True, False, "exact", "near"] = Field(
+        default=True,
+        description="the best ranked stays: of equal texts (exact: but for case and white space) and similar ones (near, true)",
+    )
+    duplicate_jaccard: float = Field(
+        default=0.8, ge=0.3, le=1.0, description="near-duplicates are texts whose sets of shingles are so similar, or more"
+    )
+    duplicate_shingle: int = Field(default=5, ge=1, description="words of a shingle")
+    decontaminate: tuple[str, ...] = Field(default=(), description="evaluation sets; a 13-gram in common removes a document")
+    diversity: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="lambda of greedy maximal marginal relevance: (1 - lambda) * score - lambda * similarity to the nearest "
+        "kept, over the best 4 * documents that pass the filters",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _another_limit_replaces_the_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "documents" in values:
+            return values
+        given = any(values.get(name) is not None for name in ("share", "tokens", "threshold"))
+        return {**values, "documents": None} if given else values
+
+    @model_validator(mode="after")
+    def _something_limits_it(self) -> "CurateSection":
+        if all(limit is None for limit in (self.documents, self.share, self.tokens, self.threshold)):
+            raise ValueError("expected a limit: documents, share, tokens or threshold")
+        if self.diversity and (self.documents is None or self.documents > MOST_DIVERSE):
+            raise ValueError(f"diversity: expected documents of at most {MOST_DIVERSE:,}: its cost grows with their square")
+        return self
+
+    @property
+    def drops_near_duplicates(self) -> bool:
+        """Whether similar texts are dropped, and not only equal ones."""
+        return self.deduplicate in (True, "near")
 
 
 class PruneSection(Section):

@@ -29,7 +29,7 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
     embed = Step("embed", _values(recipe.embed), (index, model, sae))
     score = Step("score", {**_values(recipe.score), "seeds": seeds}, (index, model, sae, embed))
     evaluations = [_contents(path) for path in inputs.curate.decontaminate]
-    curate = Step("curate", {**_values(recipe.curate), "evaluations": evaluations}, (index, model, embed, score))
+    curate = Step("curate", {**_values(recipe.curate), "evaluations": evaluations}, (index, model, sae, embed, score))
     prune = Step("prune", _values(recipe.prune), (index, model, embed, curate))
     distill = Step("distill", _values(recipe.distill), (index, model, embed, curate, prune))
     held_out = [_contents(path) for path in (*inputs.evaluate.target, *inputs.evaluate.general)]

@@ -173,7 +173,7 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
     activations = 4 * coordinates * len(layers)  # bytes of one, at every layer
     buffer = min(int(sae.buffer_mib * 2**20), activations * trained)
     row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents
-    curated = min(recipe.curate.documents, corpus.documents)
+    curated = _curated(recipe, corpus)
     # Of a training step: the encoder's product; what its active latents cost is little beside it (not of relu_l1 and jumprelu).
     sae_flops = trained * (2 * deepest + in_training * sae.epochs)
     return [
@@ -205,7 +205,7 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
 def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) -> list[Cost]:
     """`prune`, `distill`, `evaluate`, `report`: what runs the whole model over few documents."""
     prune, distill, evaluate = recipe.prune, recipe.distill, recipe.evaluate
-    curated = min(recipe.curate.documents, corpus.documents)
+    curated = _curated(recipe, corpus)
     calibrated = min(prune.documents, curated) * corpus.tokens(prune.max_tokens)
     kept = 1 - prune.ratio * model.block_parameters / model.num_parameters
     student = int(model.weight_bytes * kept)
@@ -252,6 +252,18 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) ->
         ),
         Cost("report", "report" in done, 0, 0, 0.0, _PROCESS // 4, 1_000_000),
     ]
+
+
+def _curated(recipe: Recipe, corpus: Corpus) -> int:
+    """Documents that are kept at most; a threshold alone says nothing of how many reach it."""
+    section, limits = recipe.curate, [corpus.documents]
+    if section.documents is not None:
+        limits.append(section.documents)
+    if section.share is not None:
+        limits.append(int(section.share * corpus.documents))
+    if section.tokens is not None:
+        limits.append(int(section.tokens / corpus.tokens(recipe.embed.max_tokens)))
+    return min(limits)
 
 
 def _gb(size: float) -> str:

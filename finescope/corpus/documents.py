@@ -139,16 +139,22 @@ def read_texts(paths: Sequence[str], corpus: CorpusSection, tokenizer: "PreTrain
     return texts
 
 
-def read_strings(paths: Sequence[str]) -> list[str]:
-    """Every string of every column of evaluation sets, whatever their columns are called: for decontamination.
+def read_strings(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Every string of every column of evaluation sets, whatever their columns are called, each after the place where it
+    stands: "gsm8k.parquet, row 3 (id test-3), question". For decontamination.
 
     Raises:
         CorpusError: no file, or a row that cannot be read; the message names file and row.
     """
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
     for file in resolve_paths(paths, "auto", "curate.decontaminate"):
         for row in _all_rows(file):
-            found.extend(_strings([value for name, value in row.items() if name != ROW]))
+            named = [name for name in row if name == "id" or name.endswith("_id")]
+            shown = f" ({named[0]} {row[named[0]]})" if named else ""
+            place = f"{file.info.path.rsplit('/', 1)[-1]}, row {row[ROW]}{shown}"
+            for name, value in row.items():
+                if name not in (ROW, *named[:1]):
+                    found.extend((f"{place}, {name}", text) for text in _strings(value))
     return found
 
 

@@ -1,80 +1,115 @@
-"""The exact best M of any number of scores, and which of the candidates are kept."""
+"""Which documents of a ranking are kept. All limits hold at once: the strictest ends the selection."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import polars as pl
-
-from finescope import storage
 from finescope.config import CurateSection
-from finescope.corpus.decontaminate import NgramIndex, normalised_hash
+from finescope.curation.diversity import MarginalRelevance
+from finescope.curation.near_duplicates import NearDuplicates
 
-_COLUMNS = ["doc_id", "file", "row_group", "row", "score", "seed"]
-_ROWS_AT_A_TIME = 1_000_000
-
-
-def candidates(score_files: Sequence[str], threshold: float | None, most: int) -> pl.DataFrame:
-    """The `most` best rows of the `scores` table, best first, ties broken by doc_id.
-
-    Memory is that of the result and `_ROWS_AT_A_TIME`, however many files there are.
-    """
-    best: list[pl.DataFrame] = []
-    for path in score_files:
-        shard = pl.DataFrame(storage.read_parquet(path, _COLUMNS))
-        best.append(shard if threshold is None else shard.filter(pl.col("score") >= threshold))
-        if sum(frame.height for frame in best) >= most + _ROWS_AT_A_TIME:
-            best = [_best(best, most)]
-    return _best(best, most)
+# Best documents, filtered, among which a diverse selection chooses, for each one that it keeps.
+POOL = 4
 
 
-def _best(frames: Sequence[pl.DataFrame], most: int) -> pl.DataFrame:
-    found = pl.concat(frames).bottom_k(most, by=["score", "doc_id"], reverse=[True, False])
-    return found.sort(["score", "doc_id"], descending=[True, False])
+class Limits(NamedTuple):
+    """How much is kept at most; None: no limit."""
+
+    documents: int | None
+    tokens: int | None
+    per_seed: int | None
+
+    @classmethod
+    def of(cls, section: CurateSection, scored: int, seeds: int) -> "Limits":
+        """Those of the recipe, for a corpus of `scored` documents."""
+        shares = [] if section.share is None else [max(int(section.share * scored), 1)]
+        quota = [] if section.per_seed is None else [section.per_seed * seeds]
+        most = [*([] if section.documents is None else [section.documents]), *shares, *quota]
+        return cls(min(most, default=None), section.tokens, section.per_seed)
+
+
+class Candidate(NamedTuple):
+    """The next document of a ranking, and what `Examiner` found."""
+
+    position: int  # in the ranking, best first, from 0
+    doc_id: str
+    seed: int  # the nearest
+    num_tokens: int
+    hash: bytes | None = None
+    sketch: bytes | None = None
+    item: str | None = None
 
 
 @dataclass
 class Selection:
-    """Walks down the ranking and keeps what passes: the first reason against a document is its reject's reason.
+    """Takes candidates, best first. The first reason against one is its reject's reason: `duplicate` of a better one,
+    `contaminated` by an evaluation item, `near_duplicate` of a better one, `per_seed` quota full."""
 
-    Reasons: `duplicate` of a better one, `contaminated` by an evaluation item, `per_seed` quota full.
-    """
-
-    section: CurateSection
-    ngrams: NgramIndex | None
-    kept: list[int] = field(default_factory=list)  # positions in the ranking
+    limits: Limits
+    near: NearDuplicates | None
+    kept: list[int] = field(default_factory=list)  # positions, in the order in which they were kept
     rejected: list[tuple[int, str, str]] = field(default_factory=list)  # position, reason, detail
-    _seen: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0  # of the kept
+    full: bool = False
+    _seen: dict[bytes, str] = field(default_factory=dict)
+    _names: dict[int, str] = field(default_factory=dict)
     _by_seed: dict[int, int] = field(default_factory=dict)
 
     @property
-    def full(self) -> bool:
-        """Whether enough documents are kept."""
-        return len(self.kept) >= self.section.documents
+    def looked_at(self) -> int:
+        """Candidates that were kept or rejected."""
+        return len(self.kept) + len(self.rejected)
 
-    def offer(self, position: int, doc_id: str, seed: int, text: str) -> None:
-        """Take or reject the next document of the ranking."""
-        reason, detail = self._objection(seed, text)
+    def offer(self, candidate: Candidate) -> None:
+        """Take or reject the next candidate; `full` instead, where a limit leaves no room for it."""
+        reason, detail = self._objection(candidate)
         if reason:
-            self.rejected.append((position, reason, detail))
+            self.rejected.append((candidate.position, reason, detail))
             return
-        self.kept.append(position)
-        self._by_seed[seed] = self._by_seed.get(seed, 0) + 1
-        if self.section.deduplicate:
-            self._seen[normalised_hash(text)] = doc_id
+        if self.limits.tokens is not None and self.tokens + candidate.num_tokens > self.limits.tokens:
+            self.full = True
+            return
+        self.kept.append(candidate.position)
+        self.tokens += candidate.num_tokens
+        self._by_seed[candidate.seed] = self._by_seed.get(candidate.seed, 0) + 1
+        if candidate.hash is not None:
+            self._seen[candidate.hash] = candidate.doc_id
+        if self.near is not None and candidate.sketch is not None:
+            self.near.keep(candidate.position, candidate.sketch)
+            self._names[candidate.position] = candidate.doc_id
+        self.full = len(self.kept) == self.limits.documents
 
-    def _objection(self, seed: int, text: str) -> tuple[str, str]:
-        if self.section.deduplicate and (first := self._seen.get(normalised_hash(text))) is not None:
+    def _objection(self, candidate: Candidate) -> tuple[str, str]:
+        if candidate.hash is not None and (first := self._seen.get(candidate.hash)) is not None:
             return "duplicate", f"of {first}"
-        if self.ngrams is not None and (item := self.ngrams.hit(text)) is not None:
-            return "contaminated", item
-        if self.section.per_seed is not None and self._by_seed.get(seed, 0) >= self.section.per_seed:
-            return "per_seed", f"seed {seed} has its {self.section.per_seed} documents"
+        if candidate.item is not None:
+            return "contaminated", candidate.item
+        if (found := self._similar(candidate)) is not None:
+            return "near_duplicate", f"of {self._names[found[0]]}, similarity {found[1]:.3f}"
+        if self.limits.per_seed is not None and self._by_seed.get(candidate.seed, 0) >= self.limits.per_seed:
+            return "per_seed", f"seed {candidate.seed} has its {self.limits.per_seed} documents"
         return "", ""
 
+    def _similar(self, candidate: Candidate) -> tuple[int, float] | None:
+        if self.near is None or candidate.sketch is None:
+            return None
+        return self.near.most_similar(candidate.position, candidate.sketch)
 
-def windows(total: int, first: int) -> Iterator[tuple[int, int]]:
-    """Spans of a ranking to read one after the other: the winners first, then as many again, doubling."""
-    start, size = 0, first
-    while start < total:
-        yield start, min(start + size, total)
-        start, size = start + size, size * 2
+
+def diverse(pool: Sequence[Candidate], order: MarginalRelevance, limits: Limits) -> Selection:
+    """The most diverse of a pool that has passed the filters. What is left over has the reason `diversity`."""
+    selection = Selection(limits, None)
+    while not selection.full and (best := order.best()) is not None:
+        count = len(selection.kept)
+        selection.offer(pool[best])
+        if len(selection.kept) > count:
+            order.take(best)
+        else:
+            order.drop(best)
+    done = {*selection.kept, *(position for position, _, _ in selection.rejected)}
+    for index, candidate in enumerate(pool):
+        if candidate.position not in done:
+            nearest, similarity = order.nearest[index], order.similarity[index]
+            detail = f"similarity {similarity:.3f} to {pool[nearest].doc_id}" if nearest >= 0 else "of a lower score"
+            selection.rejected.append((candidate.position, "diversity", detail))
+    return selection

@@ -20,7 +20,7 @@ def model_card(base: ModelReference, source: str, kind: str, facts: Mapping[str,
 
     `source` is the base model as the recipe names it.
     """
-    name = _name(base, source)
+    name = model_name(base, source)
     revision = f" at {base.revision}" if base.revision else ""
     front = {"base_model": name, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["finescope", kind]}
     rows = [(key, _shown(value)) for key, value in facts.items()]
@@ -50,7 +50,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     ]
 
 
-def _name(base: ModelReference, source: str) -> str:
+def model_name(base: ModelReference, source: str) -> str:
     """The hub id, or the last name of a path: a card tells nothing of the machine that it was written on."""
     return base.path if base.revision else source.rstrip("/").rsplit("/", 1)[-1]
 

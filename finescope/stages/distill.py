@@ -19,7 +19,7 @@ from finescope.manifest import TableFile
 from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
 from finescope.runners.base import Context, Resources
 from finescope.stages.cards import model_card
-from finescope.stages.references import memory_bytes, model_of, random_documents, read_located
+from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, read_shards
 from finescope.steps import Outcome, StepInput
 
 # Documents of a unit of rewriting: what is done again after a crash, and what one actor takes at a time.
@@ -81,8 +81,7 @@ def distill(context: Context, corpus: CorpusSection, section: DistillSection, st
         StepFailed: there is nothing to train on, or the training diverges.
     """
     model = model_of(step["model"])
-    (path,) = step["curate"].files("curated")
-    curated = storage.read_parquet(path)
+    curated = read_shards(step["curate"], "curated")
     documents = curated
     if section.data == "random":
         documents = _random(context, corpus, section, step, model, curated)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from finescope import schemas, storage
+from finescope import schemas
 from finescope.config import CorpusSection, EvaluateSection, SeedsSection
 from finescope.corpus.documents import read_seeds, read_texts
 from finescope.corpus.tokenise import tokenise
@@ -14,7 +14,7 @@ from finescope.evaluation.perplexity import perplexity_of_documents
 from finescope.evaluation.speed import parameter_bytes, throughput, weight_bytes
 from finescope.models.load import ModelReference, load_model, load_tokenizer
 from finescope.runners.base import Context, Progress, Resources
-from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, write_table
+from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, read_shards, write_table
 from finescope.steps import Outcome, StepInput
 
 # One batch, measured a few times: the shape in which models are compared (documents, tokens read, tokens made, repeats).
@@ -77,8 +77,7 @@ def _general(
 ) -> tuple[str, ...]:
     if section.general:
         return tuple(read_texts(section.general, corpus, load_tokenizer(base)))
-    (path,) = step["curate"].files("curated")
-    curated = storage.read_parquet(path, ["doc_id"]).column("doc_id").to_pylist()
+    curated = read_shards(step["curate"], "curated", ["doc_id"]).column("doc_id").to_pylist()
     located = random_documents(step["embed"], section.documents, 0, curated)
     table = read_located(context, step["index"], base, corpus, located, "evaluate: reading")
     return tuple(table.column("text").to_pylist())

@@ -16,7 +16,7 @@ from finescope.pruning.prune import planned_tokens, prune_model
 from finescope.pruning.verify import verify_saved
 from finescope.runners.base import Context, Progress, Resources
 from finescope.stages.cards import model_card
-from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, write_table
+from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, read_shards, write_table
 from finescope.steps import Outcome, StepInput
 
 # Tokens of a forward and backward pass over calibration documents, padding included.
@@ -61,8 +61,7 @@ def calibration_texts(context: Context, corpus: CorpusSection, section: PruneSec
         located = random_documents(step["embed"], section.documents, section.seed, ())
         table = read_located(context, step["index"], model_of(step["model"]), corpus, located, "prune: reading")
     else:
-        (path,) = step["curate"].files("curated")
-        table = storage.read_parquet(path, ["text"]).slice(0, section.documents)
+        table = read_shards(step["curate"], "curated", ["text"], section.documents)
     return tuple(table.column("text").to_pylist())
 
 

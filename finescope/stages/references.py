@@ -37,6 +37,16 @@ def write_table(uri: str, name: str, table: pa.Table) -> tuple[TableFile, ...]:
     return (TableFile(path=path, rows=table.num_rows, bytes=size),)
 
 
+def read_shards(manifest: Manifest, name: str, columns: list[str] | None = None, most: int | None = None) -> pa.Table:
+    """The first `most` rows of a table, or all, and no shard after them."""
+    tables: list[pa.Table] = []
+    for path in manifest.files(name):
+        if most is not None and sum(table.num_rows for table in tables) >= most:
+            break
+        tables.append(storage.read_parquet(path, columns))
+    return pa.concat_tables(tables).slice(0, most)
+
+
 def index_units(index: Manifest) -> list[dict[str, Any]]:
     """The units of the corpus in order: rows of `documents` with `unit`, and `file_index`, the number of the file."""
     (path,) = index.files("documents")

@@ -189,4 +189,8 @@ def test_held_out_rows_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
 
 def test_all_strings_of_evaluation_sets(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", {"question": ["q"], "choices": [["a", "b"]], "n": [3], "m": [{"k": "v"}]})
-    assert read_strings([str(tmp_path)]) == ["q", "a", "b", "v"]
+    place = "a.parquet, row 0"
+    expected = [(f"{place}, question", "q"), (f"{place}, choices", "a"), (f"{place}, choices", "b"), (f"{place}, m", "v")]
+    assert read_strings([str(tmp_path)]) == expected
+    parquet(tmp_path / "a.parquet", {"task_id": [11, 12], "text": ["one", "two"]})
+    assert read_strings([str(tmp_path)])[1] == ("a.parquet, row 1 (task_id 12), text", "two")

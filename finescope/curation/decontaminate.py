@@ -1,6 +1,5 @@
-"""What a document shares with evaluation sets, and which documents are the same text."""
+"""What a document shares with evaluation sets."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,6 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def normalised_hash(text: str) -> str:
-    """Equal for texts that are equal up to case and white space: 32 hex digits."""
-    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).hexdigest()
-
-
 @dataclass(frozen=True)
 class NgramIndex:
     """All n-grams of words of a set of texts. Looked up by hash, confirmed word by word. 24 bytes an n-gram."""
@@ -32,17 +26,18 @@ class NgramIndex:
     hashes: np.ndarray  # uint64 [G], sorted, each once
     items: np.ndarray  # int32 [G]: the text that each n-gram is of
     short: dict[tuple[str, ...], int]  # texts of fewer than n words: only a document that is nothing else hits them
+    names: tuple[str, ...]  # where each text stands
 
     @classmethod
-    def build(cls, texts: Sequence[str], n: int = 13) -> "NgramIndex":
-        """Index `texts`; of an n-gram in several, the first text is named."""
+    def build(cls, texts: Sequence[tuple[str, str]], n: int = 13) -> "NgramIndex":
+        """Index (name, text); of an n-gram in several, the first text is named."""
         vocabulary: dict[str, int] = {}
         short: dict[tuple[str, ...], int] = {}
         numbers: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         items: list[np.ndarray] = []
         offset = 0
-        for item, text in enumerate(texts):
+        for item, (_, text) in enumerate(texts):
             found = words(text)
             if len(found) < n:
                 if found:
@@ -57,14 +52,15 @@ class NgramIndex:
         all_items = np.concatenate(items) if items else np.zeros(0, dtype=np.int32)
         hashes = _ngram_hashes(all_numbers, n)[all_starts]
         unique, first = np.unique(hashes, return_index=True)
-        return cls(n, vocabulary, all_numbers, all_starts[first], unique, all_items[first], short)
+        names = tuple(name for name, _ in texts)
+        return cls(n, vocabulary, all_numbers, all_starts[first], unique, all_items[first], short, names)
 
     def hit(self, text: str) -> str | None:
-        """The first n-gram that `text` shares with an indexed text, with that text's number: "item 3: ..."; else None."""
+        """The first n-gram that `text` shares with an indexed text, after that text's name: "NAME: ..."; else None."""
         found = words(text)
         if len(found) < self.n:
             item = self.short.get(tuple(found))
-            return None if item is None else f"item {item}: {' '.join(found)}"
+            return None if item is None else f"{self.names[item]}: {' '.join(found)}"
         # Words that no indexed text has get numbers that occur nowhere.
         numbers = np.array([self.vocabulary.get(word, -1) for word in found], dtype=np.int32)
         hashes = _ngram_hashes(numbers, self.n)
@@ -74,7 +70,8 @@ class NgramIndex:
         for position in candidates.tolist():
             start = int(self.starts[inside[position]])
             if np.array_equal(self.numbers[start : start + self.n], numbers[position : position + self.n]):
-                return f"item {self.items[inside[position]]}: {' '.join(found[position : position + self.n])}"
+                name = self.names[self.items[inside[position]]]
+                return f"{name}: {' '.join(found[position : position + self.n])}"
         return None
 
 

@@ -3,23 +3,20 @@ import pickle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finescope.corpus.decontaminate import NgramIndex, normalised_hash, words
+from finescope.curation.decontaminate import NgramIndex, words
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
 
 
-def test_normalised_hash_forgets_case_and_white_space_only() -> None:
-    assert normalised_hash("Straße \n x") == normalised_hash(" STRASSE x ")
-    assert normalised_hash("a b") != normalised_hash("ab")
-    assert normalised_hash("a, b") != normalised_hash("a b")
-    assert len(normalised_hash("")) == 32
+def index_of(texts: list[str], n: int = 13) -> NgramIndex:
+    return NgramIndex.build([(f"set, row {row}", text) for row, text in enumerate(texts)], n)
 
 
 def test_a_shared_ngram_is_found_whatever_its_dress() -> None:
-    index = NgramIndex.build(["Nothing here.", QUESTION])
+    index = index_of(["Nothing here.", QUESTION])
     document = "Q:\n" + QUESTION.upper().replace(" ", "  ").replace(",", " --") + " A: 72"
     hit = index.hit(document)
-    assert hit == "item 1: natalia sold clips to 48 of her friends in april and then she"
+    assert hit == "set, row 1: natalia sold clips to 48 of her friends in april and then she"
     assert pickle.loads(pickle.dumps(index)).hit(document) == hit
     twelve = " ".join(words(QUESTION)[:12])
     assert index.hit(twelve) is None
@@ -27,11 +24,11 @@ def test_a_shared_ngram_is_found_whatever_its_dress() -> None:
 
 
 def test_short_items_hit_documents_that_are_nothing_else() -> None:
-    index = NgramIndex.build(["What is two plus two?", "!!!"])
-    assert index.hit("what is TWO plus two") == "item 0: what is two plus two"
+    index = index_of(["What is two plus two?", "!!!"])
+    assert index.hit("what is TWO plus two") == "set, row 0: what is two plus two"
     assert index.hit("what is two plus two plus two") is None
     assert index.hit("") is None
-    assert NgramIndex.build([]).hit(QUESTION) is None
+    assert index_of([]).hit(QUESTION) is None
 
 
 _TEXT = st.lists(st.sampled_from("abc"), max_size=30).map(" ".join)
@@ -45,4 +42,4 @@ def test_index_finds_what_a_search_finds(items: list[str], document: str, n: int
     known = {gram for item in items for gram in grams(item)}
     known_short = {tuple(item.split()) for item in items if 0 < len(item.split()) < n}
     expected = any(gram in known for gram in grams(document)) or tuple(document.split()) in known_short
-    assert (NgramIndex.build(items, n).hit(document) is not None) == expected
+    assert (index_of(items, n).hit(document) is not None) == expected
