@@ -40,6 +40,9 @@ class CorpusSection(Section):
     prompt: str | None = Field(default=None, description="column or template of the prompt that distillation trains on")
     response: str | None = Field(default=None, description="column or template of the response to that prompt")
     limit: int | None = Field(default=None, ge=1, description="documents read at most, in order of file and row")
+    range_mib: float = Field(
+        default=32.0, ge=1e-6, description="a JSONL file is cut into units of work of about so many MiB, at line ends"
+    )
     max_characters: int = Field(default=200_000, ge=1, description="a longer document is rejected")
     max_reject_rate: Share = Field(default=0.01, description="a step that rejects a larger share of its rows fails")
 

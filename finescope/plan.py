@@ -14,9 +14,10 @@ from rich.table import Table
 
 from finescope import steps, storage
 from finescope.config import Recipe
+from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
-from finescope.corpus.units import inspect_file
 from finescope.errors import ResourceError
+from finescope.manifest import Manifest
 from finescope.models.load import load_meta_model
 from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
@@ -28,8 +29,6 @@ _BYTES_PER_TOKEN = 4
 _PROCESS = 700_000_000
 # An embedded document: locator and id, and what a kept latent takes after compression (id i32, value f16).
 _ROW_BYTES, _LATENT_BYTES = 40, 5
-# Files of the corpus that are looked into where `index` has not run; the rest is assumed to be like them.
-_SAMPLED_FILES = 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,9 @@ def costs(recipe: Recipe) -> list[Cost]:
     """
     output = storage.absolute(recipe.output)
     plan = steps_of(recipe)
-    done = {name for name, step in plan.items() if steps.finished(step, output)}
-    corpus = _corpus(recipe)
+    records = {name: found for name, step in plan.items() if (found := steps.finished(step, output))}
+    done = set(records)
+    corpus = _corpus(recipe, records.get("index"))
     source = resolve_model(recipe.model)
     model = size_of(load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code), recipe.model.dtype)
     copied = model.weight_bytes if source.kind == "gguf" else 0
@@ -145,17 +145,15 @@ def show(recipe: Recipe, as_json: bool) -> None:
     check_resources(recipe)
 
 
-def _corpus(recipe: Recipe) -> Corpus:
-    """Documents and their mean size: Parquet footers and line counts of the first files, scaled to all bytes."""
+def _corpus(recipe: Recipe, index: Manifest | None) -> Corpus:
+    """Documents and their mean size: as `index` counted them where it is done, else an estimate."""
     corpus = placed(recipe).corpus
-    files = resolve(corpus)
-    section = corpus.model_copy(update={"id": None})
-    looked_at = [(file, inspect_file(file, section)) for file in files[:_SAMPLED_FILES]]
-    rows = sum(unit["num_rows"] for _, found in looked_at for unit in found.documents.to_pylist())
-    text = sum(unit["bytes"] for _, found in looked_at for unit in found.documents.to_pylist())
-    scale = sum(file.info.size for file in files) / max(1, sum(file.info.size for file, _ in looked_at))
-    documents = int(rows * scale)
-    return Corpus(min(documents, recipe.corpus.limit or documents), text / max(rows, 1))
+    if index is None:
+        documents, text = estimate(resolve(corpus), corpus)
+    else:
+        tables = [storage.read_parquet(path, ["num_rows", "bytes"]) for path in index.files("documents")]
+        documents, text = (sum(sum(table.column(name).to_pylist()) for table in tables) for name in ("num_rows", "bytes"))
+    return Corpus(min(documents, recipe.corpus.limit or documents), text / max(documents, 1))
 
 
 def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) -> list[Cost]:

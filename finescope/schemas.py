@@ -2,8 +2,17 @@
 
 import pyarrow as pa
 
+# A row a unit of work. Of a JSONL file `row_group` is the number of a range of it, whose `bytes` bytes begin at byte `start`,
+# both after decompression. Of all else `start` is null, and `bytes` are the needed columns', uncompressed, or the file's.
 DOCUMENTS = pa.schema(
-    [("file", pa.string()), ("row_group", pa.int32()), ("num_rows", pa.int64()), ("bytes", pa.int64()), ("etag", pa.string())]
+    [
+        ("file", pa.string()),
+        ("row_group", pa.int32()),
+        ("num_rows", pa.int64()),
+        ("bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("start", pa.int64()),
+    ]
 )
 EMBEDDINGS = pa.schema(
     [

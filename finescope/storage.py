@@ -131,10 +131,10 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole file."""
-    with open_input(uri) as file:
-        return file.read()
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The whole file, or its bytes from `start` up to `end` and no others."""
+    fs, path = filesystem(uri)
+    return b"" if start is not None and start == end else cast(bytes, fs.cat_file(path, start=start, end=end))
 
 
 def put_bytes(uri: str, data: bytes) -> None:

@@ -19,7 +19,7 @@ from finescope.corpus.reading import num_row_groups, read_rows
 from finescope.corpus.rejects import Reject, RowsRead, rejects_table
 from finescope.corpus.row_texts import ids_of, selection_of, texts_of
 from finescope.corpus.selection import Selection
-from finescope.corpus.streams import is_damage, iterate_lines
+from finescope.corpus.streams import Span, is_damage, iterate_lines
 from finescope.corpus.text import Template
 from finescope.errors import CorpusError
 
@@ -51,7 +51,7 @@ def read_documents(
     """The documents of one unit: a row of schemas.DOCUMENTS.
 
     Args:
-        file_name: the file's name among the corpus's (`files.relative_names`), which goes into ids that are hashes.
+        file_name: the file's name below the corpus's `files.common_directory`, which goes into ids that are hashes.
         tokenizer: needed where section.messages is given, for its chat template.
         limit: the unit's first rows that are read; None: all.
         step: the name of the step that the rejects are written for.
@@ -64,7 +64,7 @@ def read_documents(
     if expected == 0:
         return Documents(DOCUMENT.empty_table(), rejects_table([], step, unit["file"], unit["row_group"]), 0)
     format, compression = format_of(unit["file"], section.format)
-    read = read_rows(unit["file"], format, compression, unit["row_group"], selection_of(section, limit))
+    read = read_rows(unit["file"], format, compression, unit["row_group"], _span(unit), selection_of(section, limit))
     documents, rejected = _documents(read, section, (file_name, unit["row_group"]), tokenizer)
     assert read.num_rows == expected == documents.num_rows + len(rejected), (unit, read.num_rows, documents.num_rows)
     return Documents(documents, rejects_table(rejected, step, unit["file"], unit["row_group"]), expected)
@@ -85,7 +85,7 @@ def read_selected(
     format, compression = format_of(unit["file"], section.format)
     needed = selection_of(section, None)
     wanted = Selection(None, needed.text_columns, needed.nested_columns, rows=frozenset(rows))
-    table = read_rows(unit["file"], format, compression, unit["row_group"], wanted).table
+    table = read_rows(unit["file"], format, compression, unit["row_group"], _span(unit), wanted).table
     order = np.searchsorted(table.column(ROW).to_numpy(), np.asarray(rows, dtype=np.int64))
     table = replace_bad_utf8(table.take(pa.array(order)))
     assert table.column(ROW).to_pylist() == list(rows), "rows that were documents when the unit was embedded"
@@ -163,6 +163,10 @@ def text_hash_id(file_name: str, row_group: int, row: int, text: str) -> str:
     return hashlib.blake2b(f"{file_name}\0{row_group}\0{row}\0{text}".encode(), digest_size=8).hexdigest()
 
 
+def _span(unit: Mapping[str, Any]) -> Span | None:
+    return None if unit["start"] is None else Span(unit["start"], unit["bytes"])
+
+
 def _documents(
     read: RowsRead, section: CorpusSection, place: tuple[str, int], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[pa.Table, list[Reject]]:
@@ -203,7 +207,7 @@ def _all_rows(file: CorpusFile) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         for row_group in range(num_row_groups(path, file.format)):
-            read = read_rows(path, file.format, file.compression, row_group, Selection())
+            read = read_rows(path, file.format, file.compression, row_group, None, Selection())
             if read.rejects:
                 first = read.rejects[0]
                 raise CorpusError(f"'{path}', row {len(rows) + (first.row or 0)}: {first.reason}: {first.detail}")

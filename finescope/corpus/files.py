@@ -80,15 +80,14 @@ def format_of(path: str, format: str, field: str = "corpus.path") -> tuple[Forma
     return kind, compression
 
 
-def relative_names(files: Sequence[CorpusFile]) -> list[str]:
-    """Names below the files' longest common directory, so that doc ids do not depend on where the corpus lies."""
-    parts = [file.info.path.split("/") for file in files]
-    common = 0
-    if parts:
-        shortest = min(len(names) for names in parts) - 1
-        while common < shortest and len({names[common] for names in parts}) == 1:
-            common += 1
-    return ["/".join(names[common:]) for names in parts]
+def common_directory(files: Sequence[CorpusFile]) -> str:
+    """The files' longest common directory with its slash, so that names below it do not depend on where the corpus lies."""
+    if not files:
+        return ""
+    # What the first and the last in alphabetical order have in common, all have.
+    first, last = min(file.info.path for file in files), max(file.info.path for file in files)
+    common = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return first[: first.rfind("/", 0, common) + 1]
 
 
 def _split_compression(name: str) -> tuple[str, Compression | None]:

@@ -1,4 +1,8 @@
-"""Rows of JSONL, CSV and text files. One file is one unit of work: row group 0."""
+"""Rows of JSONL, CSV and text files.
+
+JSONL is cut into units at line ends. CSV is not: whether a line end is inside of quotes is known only to who has read all that
+stands before it. A text file is one document.
+"""
 
 import csv
 import io
@@ -14,10 +18,9 @@ from finescope.corpus.checks import checked_rows, with_rows
 from finescope.corpus.files import Compression
 from finescope.corpus.rejects import Reject, RowsRead
 from finescope.corpus.selection import Selection
-from finescope.corpus.streams import Line, iterate_lines, open_stream
+from finescope.corpus.streams import Line, Span, iterate_lines, open_stream
 from finescope.errors import CorpusError
 
-_SAMPLED_LINES = 1000
 _MAX_BLOCK_BYTES = (1 << 31) - 1
 
 
@@ -40,20 +43,35 @@ def parse_line(data: bytes) -> dict[str, Any]:
     return value
 
 
-def read_jsonl(path: str, compression: Compression | None, selection: Selection) -> RowsRead:
-    """Rows of a JSONL file; blank lines are no rows. A key that a row lacks is null.
+def parse_or_reject(line: Line, text_columns: frozenset[str]) -> dict[str, Any] | Reject:
+    """The object of a line, or why there is none; `text_columns` must hold neither lists nor objects."""
+    try:
+        row = parse_line(line.data)
+    except UnicodeError as error:
+        return Reject(line.row, rejects.NOT_UTF8, f"{line.place}: {error}")
+    except ValueError as error:
+        return Reject(line.row, rejects.BAD_JSON, f"{line.place}: {error}")
+    for name in sorted(text_columns):
+        if isinstance(row.get(name), list | dict):
+            detail = f"{line.place}: '{name}' is {'a list' if isinstance(row[name], list) else 'an object'}"
+            return Reject(line.row, rejects.NOT_TEXT, detail)
+    return row
+
+
+def read_jsonl(path: str, compression: Compression | None, span: Span | None, selection: Selection) -> RowsRead:
+    """Rows of a JSONL file, or of a span of it; blank lines are no rows. A key that a row lacks is null.
 
     A column whose values have no common Arrow type becomes strings: texts as they are, everything else as JSON.
     """
     rows: list[int] = []
     values: list[dict[str, Any]] = []
     rejected: list[Reject] = []
-    for line in iterate_lines(path, compression):
+    for line in iterate_lines(path, compression, span):
         if selection.stops_at(line.row):
             break
         if not selection.wants(line.row):
             continue
-        parsed = _parse_or_reject(line, selection.text_columns)
+        parsed = parse_or_reject(line, selection.text_columns)
         if isinstance(parsed, Reject):
             rejected.append(parsed)
         else:
@@ -64,23 +82,11 @@ def read_jsonl(path: str, compression: Compression | None, selection: Selection)
     return RowsRead(with_rows(rows, columns), rejected, len(rows) + len(rejected))
 
 
-def jsonl_columns(path: str, compression: Compression | None) -> list[str]:
-    """The keys of the file's first 1,000 lines that parse, in order of appearance."""
-    keys: dict[str, None] = {}
-    for line in iterate_lines(path, compression):
-        if line.row >= _SAMPLED_LINES:
-            break
-        parsed = _parse_or_reject(line, frozenset())
-        if not isinstance(parsed, Reject):
-            keys.update(dict.fromkeys(parsed))
-    return list(keys)
-
-
 def read_csv(path: str, compression: Compression | None, selection: Selection) -> RowsRead:
     """Rows of a CSV file with a header; all values are strings, an empty field is an empty string."""
     with open_stream(path, compression) as stream:
         data = stream.read()
-    names = _csv_header(data)
+    names = csv_header(data)
     if not names:
         return RowsRead(with_rows([], {}), [], 0)
     if len(set(names)) != len(names):
@@ -140,21 +146,8 @@ def json_strings(values: list[Any]) -> list[str | None]:
     ]
 
 
-def _parse_or_reject(line: Line, text_columns: frozenset[str]) -> dict[str, Any] | Reject:
-    try:
-        row = parse_line(line.data)
-    except UnicodeError as error:
-        return Reject(line.row, rejects.NOT_UTF8, f"line {line.number}: {error}")
-    except ValueError as error:
-        return Reject(line.row, rejects.BAD_JSON, f"line {line.number}: {error}")
-    for name in sorted(text_columns):
-        if isinstance(row.get(name), list | dict):
-            detail = f"line {line.number}: '{name}' is {'a list' if isinstance(row[name], list) else 'an object'}"
-            return Reject(line.row, rejects.NOT_TEXT, detail)
-    return row
-
-
-def _csv_header(data: bytes) -> list[str]:
+def csv_header(data: bytes) -> list[str]:
+    """The names in the first line of a CSV file that is not blank; none where there is no such line."""
     text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", errors="surrogateescape", newline="")
     return next((fields for fields in csv.reader(text) if fields), [])
 

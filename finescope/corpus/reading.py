@@ -1,4 +1,4 @@
-"""Any format into rows: what a row is, in the unit of work (file, row group), and which rows cannot be read."""
+"""Any format into rows: what a row is in a unit of work, and which rows cannot be read."""
 
 from collections.abc import Sequence
 
@@ -11,24 +11,32 @@ from finescope.corpus.lines import json_strings, read_csv, read_jsonl, read_txt
 from finescope.corpus.parquet import read_row_group
 from finescope.corpus.rejects import RowsRead
 from finescope.corpus.selection import Selection
+from finescope.corpus.streams import Span
 
 
-def read_rows(path: str, format: Format, compression: Compression | None, row_group: int, selection: Selection) -> RowsRead:
-    """The rows of one unit, and a reject for each that cannot be read. Line files have one unit, row group 0.
+def read_rows(
+    path: str, format: Format, compression: Compression | None, row_group: int, span: Span | None, selection: Selection
+) -> RowsRead:
+    """The rows of one unit, and a reject for each that cannot be read.
+
+    Args:
+        row_group: of a Parquet file; of other files `span` says what is read.
+        span: of a JSONL file; None: all of it.
 
     Raises:
-        OSError: the store does not give the file, or a compressed line file is damaged (`units.inspect_file` finds that).
+        OSError: the store does not give the file, or a compressed line file is damaged (`units.inspect_piece` finds that).
         CorpusError: the file has two columns of one name.
     """
     if format == "parquet":
         return read_row_group(path, row_group, selection)
+    if format == "jsonl":
+        return read_jsonl(path, compression, span, selection)
     assert row_group == 0, (path, row_group)
-    reader = {"jsonl": read_jsonl, "csv": read_csv, "txt": read_txt}[format]
-    return reader(path, compression, selection)
+    return {"csv": read_csv, "txt": read_txt}[format](path, compression, selection)
 
 
 def num_row_groups(path: str, format: Format) -> int:
-    """The units of a file: row groups of Parquet, one of a line file."""
+    """The row groups of a Parquet file; one of a line file, which is read whole."""
     if format != "parquet":
         return 1
     with storage.open_input(path) as file:

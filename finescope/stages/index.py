@@ -1,112 +1,145 @@
-"""`index`: what files there are, their row groups, sizes and etags, before anything else is read or loaded."""
+"""`index`: what files there are, their units, sizes and etags, before anything else is read or loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 
 from finescope import schemas, storage
-from finescope.analysis.frames import scan
 from finescope.config import CorpusSection
-from finescope.corpus.files import CorpusFile, relative_names, resolve
-from finescope.corpus.units import inspect_file
+from finescope.corpus.files import CorpusFile, common_directory, format_of, resolve
+from finescope.corpus.units import Inspection, inspect_range, num_ranges, range_bytes
 from finescope.errors import CorpusError, StepFailed
 from finescope.manifest import TableFile
 from finescope.runners.base import Context, Resources
+from finescope.stages.repeated_ids import repeated_ids
 from finescope.steps import Outcome, StepInput
+from finescope.storage import FileInfo
 
 _IDS = "ids"
-
-
-@dataclass(frozen=True)
-class _Inspect:
-    """Looks at one file of the corpus; the table worker of this step."""
-
-    files: tuple[CorpusFile, ...]
-    section: CorpusSection
-    uri: str
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        number = batch.column("unit")[0].as_py()
-        found = inspect_file(self.files[number], self.section)
-        if found.ids is not None:
-            storage.put_parquet(storage.join(self.uri, _IDS, f"part-{number:06d}.parquet"), found.ids)
-        row = {"unit": number, "documents": found.documents.to_pylist(), "rejects": found.rejects.to_pylist()}
-        return pa.Table.from_pylist([row], schema=_INSPECTED)
-
-
-_INSPECTED = pa.schema(
+# To open a file costs as much as to read so many bytes: of small files a task looks at many.
+_OPENING_BYTES = 1 << 20
+_TASK_BYTES = 1 << 26
+_RANGE = pa.struct([("path", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("range", pa.int32())])
+_TASKS = pa.schema([("task", pa.int64()), ("ranges", pa.list_(_RANGE))])
+_FOUND = pa.schema(
     [
-        ("unit", pa.int64()),
+        ("task", pa.int64()),
+        ("ranges", pa.int64()),
         ("documents", pa.list_(pa.struct(list(schemas.DOCUMENTS)))),
         ("rejects", pa.list_(pa.struct(list(schemas.REJECTS)))),
     ]
 )
 
 
+@dataclass(frozen=True)
+class _Inspect:
+    """Looks at some files of the corpus, or at ranges of them; the table worker of this step."""
+
+    section: CorpusSection
+    uri: str
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (task,) = batch.to_pylist()
+        found = [self._inspect(entry) for entry in task["ranges"]]
+        ids = [item.ids for item in found if item.ids is not None]
+        if ids:
+            storage.put_parquet(storage.join(self.uri, _IDS, f"part-{task['task']:06d}.parquet"), pa.concat_tables(ids))
+        documents = pa.concat_tables([item.documents for item in found]).to_pylist()
+        rejects = pa.concat_tables([item.rejects for item in found]).to_pylist()
+        row = {"task": task["task"], "ranges": len(found), "documents": documents, "rejects": rejects}
+        return pa.Table.from_pylist([row], schema=_FOUND)
+
+    def _inspect(self, entry: dict[str, Any]) -> Inspection:
+        info = FileInfo(entry["path"], entry["size"], entry["etag"])
+        return inspect_range(CorpusFile(info, *format_of(info.path, self.section.format)), self.section, entry["range"])
+
+
 def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
-    """List the corpus. Rows are units of work: row groups of Parquet files, or whole line files.
+    """List the corpus. Rows are units of work: row groups of Parquet files, ranges of JSONL files, other files whole.
 
     Raises:
         CorpusError: no file matches, a column is missing, or two documents have the same id.
         StepFailed: no file can be read, or more than `max_reject_rate` of them cannot.
     """
-    files = tuple(resolve(section))
+    files = resolve(section)
     storage.delete(storage.join(step.uri, _IDS))
-    units = pa.table({"unit": pa.array(range(len(files)), pa.int64())})
-    inspected: list[dict[str, Any]] = []
-    with context.reporter.task("index", len(files), "files") as progress:
-        arguments = (files, section, step.uri)
-        for table in context.runner.map(_Inspect, arguments, units, Resources(accelerator=False)):
-            inspected.extend(table.to_pylist())
-            progress(table.num_rows)
-    inspected.sort(key=lambda row: row["unit"])
-    documents = [unit for row in inspected for unit in row["documents"]]
-    rejects = [reject for row in inspected for reject in row["rejects"]]
+    tasks = pa.Table.from_batches(list(_tasks(files, section)), schema=_TASKS)
+    found: list[pa.Table] = []
+    with context.reporter.task("index", sum(num_ranges(file, section) for file in files), "files and ranges") as progress:
+        for table in context.runner.map(_Inspect, (section, step.uri), tasks, Resources(accelerator=False)):
+            found.append(table)
+            progress(sum(table.column("ranges").to_pylist()))
+    inspected = pa.concat_tables(found).sort_by("task")
+    documents = _flattened(inspected, "documents", schemas.DOCUMENTS)
+    rejects = _flattened(inspected, "rejects", schemas.REJECTS)
     _check_rate(len(files), rejects, section.max_reject_rate)
     if section.id is not None:
         try:
-            _refuse_duplicates(storage.join(step.uri, _IDS), section.id)
+            _refuse_duplicates(step.uri, section.id)
         finally:
             storage.delete(storage.join(step.uri, _IDS))
     tables = {
-        "documents": _write(step.uri, "documents", documents, schemas.DOCUMENTS),
-        "rejects": _write(step.uri, "rejects", rejects, schemas.REJECTS),
+        "documents": _write(step.uri, "documents", documents),
+        "rejects": _write(step.uri, "rejects", rejects),
     }
-    rows = sum(unit["num_rows"] for unit in documents)
-    names = dict(zip((file.info.path for file in files), relative_names(files), strict=True))
-    facts = {"files": len(files), "names": names, "documents": rows if section.limit is None else min(rows, section.limit)}
-    units_in = len(documents) + len(rejects)
-    return Outcome(units_in, len(documents), len(rejects), tables, facts)
+    rows = sum(documents.column("num_rows").to_pylist())
+    facts = {
+        "files": len(files),
+        "directory": common_directory(files),
+        "documents": rows if section.limit is None else min(rows, section.limit),
+    }
+    return Outcome(documents.num_rows + rejects.num_rows, documents.num_rows, rejects.num_rows, tables, facts)
 
 
-def _write(uri: str, name: str, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> tuple[TableFile, ...]:
+def _tasks(files: Sequence[CorpusFile], section: CorpusSection) -> Iterator[pa.RecordBatch]:
+    """Rows of _TASKS, each as much as an actor takes at a time: files and ranges in order, to a number of bytes that are read."""
+    size = range_bytes(section)
+    ranges: list[dict[str, Any]] = []
+    task = cost = 0
+
+    def packed() -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist([{"task": task, "ranges": ranges}], schema=_TASKS)
+
+    for file in files:
+        info, count = file.info, num_ranges(file, section)
+        read = 0 if file.format == "parquet" and section.id is None else min(info.size, size if count > 1 else info.size)
+        for number in range(count):
+            if ranges and cost + read + _OPENING_BYTES > _TASK_BYTES:
+                yield packed()
+                ranges, task, cost = [], task + 1, 0
+            ranges.append({"path": info.path, "size": info.size, "etag": info.etag, "range": number})
+            cost += read + _OPENING_BYTES
+    yield packed()
+
+
+def _flattened(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:
+    """The structs of all lists of a column as a table."""
+    chunks = [chunk.flatten() for chunk in table.column(name).chunks]
+    return pa.concat_tables([schema.empty_table(), *(pa.Table.from_struct_array(chunk).cast(schema) for chunk in chunks)])
+
+
+def _write(uri: str, name: str, table: pa.Table) -> tuple[TableFile, ...]:
     path = f"{name}/part-000000.parquet"
-    size = storage.put_parquet(storage.join(uri, path), pa.Table.from_pylist(list(rows), schema=schema))
-    return (TableFile(path=path, rows=len(rows), bytes=size),)
+    size = storage.put_parquet(storage.join(uri, path), table)
+    return (TableFile(path=path, rows=table.num_rows, bytes=size),)
 
 
-def _check_rate(files: int, rejects: Sequence[dict[str, Any]], most: float) -> None:
-    if not rejects:
+def _check_rate(files: int, rejects: pa.Table, most: float) -> None:
+    if not rejects.num_rows:
         return
-    first = rejects[0]
+    (first,) = rejects.slice(0, 1).to_pylist()
     example = f"{first['file']}: {first['reason']}: {first['detail']}"
-    if len(rejects) == files:
+    if rejects.num_rows == files:
         raise StepFailed(f"no file of the corpus can be read; the first: {example}")
     # A share of files means little for a handful of them: one broken file of ten must not stop a run.
-    if files >= 1 / max(most, 1e-9) and len(rejects) / files > most:
-        raise StepFailed(f"{len(rejects)} of {files} files cannot be read (max_reject_rate {most}); the first: {example}")
+    if files >= 1 / max(most, 1e-9) and rejects.num_rows / files > most:
+        raise StepFailed(f"{rejects.num_rows} of {files} files cannot be read (max_reject_rate {most}); the first: {example}")
 
 
-def _refuse_duplicates(directory: str, column: str) -> None:
-    files = [storage.join(directory, name) for name in storage.list_names(directory)]
-    if not files:
-        return
-    twice = scan(files).group_by("id").agg(pl.len().alias("times")).filter(pl.col("times") > 1)
-    count = twice.select(pl.len()).collect().item()
+def _refuse_duplicates(uri: str, column: str) -> None:
+    count, examples = repeated_ids(storage.join(uri, _IDS))
     if count:
-        examples = twice.sort("id").head(3).collect().rows()
         shown = ", ".join(f"'{doc_id}' ({times} times)" for doc_id, times in examples)
         raise CorpusError(f"corpus.id: column '{column}' is not unique: {count} ids stand more than once, such as {shown}")

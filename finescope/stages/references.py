@@ -57,13 +57,13 @@ def index_units(index: Manifest) -> list[dict[str, Any]]:
 
 def limited_units(index: Manifest, limit: int | None) -> list[dict[str, Any]]:
     """The units with `take`, the rows of each that are read, and `name`, the file's name in ids."""
-    names: dict[str, str] = index.facts["names"]
+    directory: str = index.facts["directory"]
     left = limit
     units = []
     for unit in index_units(index):
         take = unit["num_rows"] if left is None else min(left, unit["num_rows"])
         left = None if left is None else left - take
-        units.append(unit | {"take": take, "name": names[unit["file"]]})
+        units.append(unit | {"take": take, "name": unit["file"].removeprefix(directory)})
     return units
 
 

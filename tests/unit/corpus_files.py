@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finescope.config import CorpusSection
 from finescope.corpus.documents import Documents, read_documents
-from finescope.corpus.files import relative_names, resolve
+from finescope.corpus.files import common_directory, resolve
 from finescope.corpus.units import inspect_file
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
@@ -53,7 +53,8 @@ def read_all(corpus: CorpusSection, tokenizer: Any = None) -> list[Documents]:
     """The documents of each unit, the counts of `index` held against those of reading."""
     files = resolve(corpus)
     found = []
-    for file, name in zip(files, relative_names(files), strict=True):
+    for file in files:
+        name = file.info.path.removeprefix(common_directory(files))
         for unit in inspect_file(file, corpus).documents.to_pylist():
             documents = read_documents(unit, corpus, name, tokenizer, None, "embed")
             assert documents.num_rows_in == unit["num_rows"] == documents.table.num_rows + documents.rejects.num_rows

@@ -25,5 +25,5 @@ def units_of_tiny(root: Path) -> list[dict[str, Any]]:
             rows = footer.row_group(row_group).num_rows
             etag = storage.info(str(file)).etag
             place = {"file": str(file), "etag": etag, "row_group": row_group, "num_rows": rows, "take": rows, "name": file.name}
-            units.append({"unit": len(units), **place})
+            units.append({"unit": len(units), "start": None, **place})
     return units

@@ -5,8 +5,12 @@ import fsspec
 import pytest
 from corpus_files import jsonl, parquet, section, texts
 
-from finescope.corpus.files import format_of, relative_names, resolve
+from finescope.corpus.files import CorpusFile, common_directory, format_of, resolve
 from finescope.errors import CorpusError, ResourceError
+
+
+def relative_names(files: list[CorpusFile]) -> list[str]:
+    return [file.info.path.removeprefix(common_directory(files)) for file in files]
 
 
 def test_patterns_keep_their_order_and_files_come_once(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_jsonl_rejects_every_bad_line_and_counts_no_blank_one(tmp_path: Path) ->
 
 def test_jsonl_columns_of_mixed_types_become_strings(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"x": 1, "n": {"a": [1]}, "e": {}}, {"x": "one", "y": True}, {"x": [1, "é"]})
-    read = read_rows(str(path), "jsonl", None, 0, Selection())
+    read = read_rows(str(path), "jsonl", None, 0, None, Selection())
     assert read.table.column_names == ["__row", "x", "n", "e", "y"]
     assert read.table.to_pylist() == [
         {"__row": 0, "x": "1", "n": {"a": [1]}, "e": "{}", "y": None},
@@ -66,7 +66,7 @@ def test_columns_limit_and_rows_select(tmp_path: Path) -> None:
     groups = parquet(tmp_path / "a.parquet", {"a": list(range(5)), "b": [-i for i in range(5)]})
     (tmp_path / "a.csv").write_text("a,b\n" + "".join(f"{i},{-i}\n" for i in range(5)))
     for path, format in ((lines, "jsonl"), (groups, "parquet"), (tmp_path / "a.csv", "csv")):
-        read = read_rows(str(path), format, None, 0, Selection(("b",), limit=4, rows=frozenset([1, 3, 4])))
+        read = read_rows(str(path), format, None, 0, None, Selection(("b",), limit=4, rows=frozenset([1, 3, 4])))
         assert read.table.column("__row").to_pylist() == [1, 3]
         assert [int(value) for value in read.table.column("b").to_pylist()] == [-1, -3]
         assert read.num_rows == 2
@@ -154,12 +154,12 @@ def test_parquet_damaged_page_rejects_its_row_group_only(tmp_path: Path) -> None
 
 def test_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", {"text": ["a"], "big": ["b"]})
-    assert read_rows(str(path), "parquet", None, 0, Selection(("text",))).table.column_names == ["__row", "text"]
+    assert read_rows(str(path), "parquet", None, 0, None, Selection(("text",))).table.column_names == ["__row", "text"]
 
 
 def test_reserved_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="__row"):
-        read_rows(str(parquet(tmp_path / "a.parquet", {"__row": [1]})), "parquet", None, 0, Selection())
+        read_rows(str(parquet(tmp_path / "a.parquet", {"__row": [1]})), "parquet", None, 0, None, Selection())
 
 
 def test_concat_widens_and_falls_back_to_strings() -> None:

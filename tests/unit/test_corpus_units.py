@@ -6,11 +6,11 @@ from corpus_files import jsonl, parquet, section
 from finescope import schemas
 from finescope.config import CorpusSection
 from finescope.corpus.files import resolve
-from finescope.corpus.units import IDS, FileInspection, inspect_file, needed_columns
+from finescope.corpus.units import IDS, Inspection, inspect_file, needed_columns
 from finescope.errors import CorpusError, RecipeError
 
 
-def _inspect(corpus: CorpusSection) -> list[FileInspection]:
+def _inspect(corpus: CorpusSection) -> list[Inspection]:
     return [inspect_file(file, corpus) for file in resolve(corpus)]
 
 
@@ -26,7 +26,7 @@ def test_a_row_group_is_a_unit(tmp_path: Path) -> None:
     assert found.ids is None
 
 
-def test_a_line_file_is_a_unit_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+def test_a_small_line_file_is_a_unit_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", {"text": "a"}, b"", b"{bad", {"other": 1})
     jsonl(tmp_path / "b.jsonl.gz", {"text": "a"})
     (tmp_path / "c.csv").write_text("text\na\nb\n")
@@ -88,11 +88,9 @@ def test_needed_columns_of_all_fields() -> None:
         needed_columns(section("x", prompt="a", response="{"))
 
 
-def test_ids_and_their_places(tmp_path: Path) -> None:
+def test_ids_that_are_neither_null_nor_unreadable(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", {"id": ["x", None, "y", "x"], "text": ["t"] * 4}, rows_per_group=2)
     jsonl(tmp_path / "b.jsonl", {"id": "y", "text": "t"}, b"{bad", {"id": 3, "text": None}, {"id": ["no"]}, {"id": ""})
     tables = [item.ids for item in _inspect(section(tmp_path, id="id")) if item.ids is not None]
     assert tables[0].schema.equals(IDS)
     assert [table.column("id").to_pylist() for table in tables] == [["x", "y", "x"], ["y", "3"]]
-    assert tables[0].column("row_group").to_pylist() == [0, 1, 1]
-    assert tables[1].column("row").to_pylist() == [0, 2]

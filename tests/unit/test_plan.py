@@ -11,11 +11,12 @@ from tiny_models import saved_model
 from tiny_run import recipe_values
 from typer.testing import CliRunner
 
-from finescope import demo, pipeline, plan, steps, storage
+from finescope import demo, pipeline, plan, schemas, steps, storage
 from finescope.cli import app
 from finescope.config import STEPS, Recipe
 from finescope.corpus import demo_inputs
 from finescope.errors import ResourceError
+from finescope.manifest import TableFile
 from finescope.plan import Cost, costs
 from finescope.steps import Outcome
 
@@ -81,9 +82,18 @@ def test_costs_follow_the_recipe(root: Path, tmp_path: Path):
 
 def test_what_is_done_is_marked_and_no_longer_counted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = recipe_of(root, tmp_path)
+    units = [{"file": "f", "row_group": at, "num_rows": 500, "bytes": 50_000, "etag": "e"} for at in range(2)]
+    counted = {"documents": (TableFile(path="documents/part-000000.parquet", rows=2, bytes=1),)}
+    storage.put_parquet(
+        str(tmp_path / "index" / "documents" / "part-000000.parquet"), pa.Table.from_pylist(units, schema=schemas.DOCUMENTS)
+    )
     for name in STEPS[:4]:
-        steps.run(pipeline.steps_of(recipe)[name], str(tmp_path), lambda step: Outcome())
+        outcome = Outcome(tables=counted if name == "index" else {})
+        steps.run(pipeline.steps_of(recipe)[name], str(tmp_path), lambda step, outcome=outcome: outcome)
+    monkeypatch.setattr(plan, "resolve", lambda corpus: pytest.fail("the corpus is listed though it has been counted"))
     found = costs(recipe)
+    assert by_step(found)["embed"].documents == 1000
+    assert by_step(found)["embed"].tokens == 1000 * 25, "100 bytes a document"
     assert [cost.step for cost in found if cost.done] == list(STEPS[:4])
     left = sum(cost.disk_bytes for cost in found[4:])
     monkeypatch.setattr(storage, "free_bytes", lambda uri: left)
