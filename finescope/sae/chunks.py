@@ -24,8 +24,10 @@ _KEPT_CHARACTERS = 2**28
 Chunk = dict[str, Any]  # a unit (see stages.references.limited_units) with `first` and `count`, of its documents
 
 
-def plan_chunks(units: Sequence[dict[str, Any]], seed: int) -> list[Chunk]:
-    """All documents of `units` as chunks, in an order drawn from the seed that takes one chunk of every unit in turn.
+def plan_chunks(units: Sequence[dict[str, Any]], seed: int, most: int | None = None) -> list[Chunk]:
+    """The documents of `units` as chunks, in an order drawn from the seed that takes one chunk of every unit in turn.
+
+    `most`: chunks of so many documents are enough; None: all of them. A corpus of 10^9 documents has millions of chunks.
 
     A training that needs few tokens of a large corpus so sees a little of every file. Chunks are cut by rows that may be
     rejected when they are read, so that some are smaller.
@@ -35,10 +37,14 @@ def plan_chunks(units: Sequence[dict[str, Any]], seed: int) -> list[Chunk]:
     random = np.random.default_rng(seed)
     firsts = [random.permutation(np.arange(0, unit["take"], size)) for unit in units]
     chunks: list[Chunk] = []
+    planned = 0
     for turn in range(max(map(len, firsts), default=0)):
         for number in random.permutation(len(units)):
             if turn < len(firsts[number]):
                 chunks.append({**units[number], "first": int(firsts[number][turn]), "count": size})
+                planned += size
+                if most is not None and planned >= most:
+                    return chunks
     return chunks
 
 

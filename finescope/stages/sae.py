@@ -80,7 +80,8 @@ def sae(context: Context, corpus: CorpusSection, section: SaeSection, step: Step
 
 def _documents(step: StepInput, corpus: CorpusSection, section: SaeSection) -> _Documents:
     units = [unit for unit in limited_units(step["index"], corpus.limit) if unit["take"] > 0]
-    chunks = plan_chunks(units, section.seed)
+    # A document has an activation at least, but for the few that are rejected or of one token.
+    chunks = plan_chunks(units, section.seed, most=section.num_tokens + _HELD_OUT_CHUNKS * CHUNK_DOCUMENTS)
     held_out = max(1, min(_HELD_OUT_CHUNKS, int(_HELD_OUT_SHARE * len(chunks))))
     return _Documents(chunks[:held_out], chunks[held_out:])
 

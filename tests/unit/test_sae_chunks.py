@@ -42,6 +42,12 @@ def test_a_little_of_every_unit_comes_first() -> None:
     assert [chunk["first"] for chunk in plan[:50]] != [0] * 50
 
 
+def test_no_more_chunks_are_planned_than_are_needed() -> None:
+    whole = plan_chunks(units(*[2560] * 50), seed=3)
+    assert plan_chunks(units(*[2560] * 50), seed=3, most=20_000) == whole[: -(-20_000 // CHUNK_DOCUMENTS)]
+    assert plan_chunks(units(*[2560] * 50), seed=3, most=10**9) == whole
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("chunks"), documents=60)
