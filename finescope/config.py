@@ -35,7 +35,11 @@ class CorpusSection(Section):
     )
     format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = Field(default="auto", description="auto: by file name")
     id: str | None = Field(default=None, description="column of unique ids; null: a hash of file, row group, row and text")
-    text: str = Field(default="text", description="a column, or a template such as '{instruction}\\n{output}'", min_length=1)
+    text: str = Field(
+        default="text",
+        description="a column, or a template such as '{instruction}\\n{output}'; no column 'text': a known shape is recognised",
+        min_length=1,
+    )
     messages: str | None = Field(default=None, description="column of chat messages, rendered by the model's chat template")
     prompt: str | None = Field(default=None, description="column or template of the prompt that distillation trains on")
     response: str | None = Field(default=None, description="column or template of the response to that prompt")

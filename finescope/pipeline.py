@@ -68,6 +68,7 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     from finescope.stages.index import index
     from finescope.stages.model import model
     from finescope.stages.prune import prune
+    from finescope.stages.references import corpus_of
     from finescope.stages.report import report
     from finescope.stages.sae import sae
     from finescope.stages.score import score
@@ -76,13 +77,13 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     return {
         "index": lambda step: index(context, r.corpus, step),
         "model": lambda step: model(context, r.model, r.sae.layer, step),
-        "sae": lambda step: sae(context, r.corpus, r.sae, step),
-        "embed": lambda step: embed(context, r.corpus, r.embed, step),
-        "score": lambda step: score(context, r.corpus, r.seeds, r.score, r.embed, step),
-        "curate": lambda step: curate(context, r.corpus, r.curate, step),
-        "prune": lambda step: prune(context, r.corpus, r.prune, step),
-        "distill": lambda step: distill(context, r.corpus, r.distill, step),
-        "evaluate": lambda step: evaluate(context, r.corpus, r.seeds, r.evaluate, step),
+        "sae": lambda step: sae(context, corpus_of(r.corpus, step["index"]), r.sae, step),
+        "embed": lambda step: embed(context, corpus_of(r.corpus, step["index"]), r.embed, step),
+        "score": lambda step: score(context, corpus_of(r.corpus, step["index"]), r.seeds, r.score, r.embed, step),
+        "curate": lambda step: curate(context, corpus_of(r.corpus, step["index"]), r.curate, step),
+        "prune": lambda step: prune(context, corpus_of(r.corpus, step["index"]), r.prune, step),
+        "distill": lambda step: distill(context, corpus_of(r.corpus, step["index"]), r.distill, step),
+        "evaluate": lambda step: evaluate(context, corpus_of(r.corpus, step["index"]), r.seeds, r.evaluate, step),
         "report": lambda step: report(r, step),
     }
 
@@ -114,7 +115,7 @@ def run(
             with _failures(name, output):
                 manifest_ = steps.run(step, output, functions[name])
                 if name == "model":
-                    _check_inputs(recipe, manifest_, plan.keys() - done.keys())
+                    _check_inputs(recipe, done["index"], manifest_, plan.keys() - done.keys())
             if name not in done:
                 reporter.note(f"{name}: done in {manifest_.seconds:.1f} s, {_counts(manifest_)}{manifest_.uri}")
             done[name] = manifest_
@@ -178,11 +179,13 @@ def _kept(error: Exception, log: str) -> str | None:
     return log
 
 
-def _check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:
+def _check_inputs(recipe: Recipe, index: Manifest, model: Manifest, left: Set[str]) -> None:
     """Before the dear steps, and as soon as there is a tokenizer: the small inputs of the steps in `left`."""
     from finescope.stages.inputs import check_inputs
+    from finescope.stages.references import corpus_of
 
-    check_inputs(placed(recipe), model, left)
+    found = placed(recipe)
+    check_inputs(found.model_copy(update={"corpus": corpus_of(found.corpus, index)}), model, left)
 
 
 def _values(section: Section) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from finescope import steps, storage
 from finescope.config import Recipe
 from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
+from finescope.corpus.shapes import recognise, shaped
 from finescope.errors import ResourceError
 from finescope.manifest import Manifest
 from finescope.models.load import load_meta_model
@@ -149,7 +150,8 @@ def _corpus(recipe: Recipe, index: Manifest | None) -> Corpus:
     """Documents and their mean size: as `index` counted them where it is done, else an estimate."""
     corpus = placed(recipe).corpus
     if index is None:
-        documents, text = estimate(resolve(corpus), corpus)
+        files = resolve(corpus)
+        documents, text = estimate(files, shaped(corpus, recognise(corpus, files)))
     else:
         tables = [storage.read_parquet(path, ["num_rows", "bytes"]) for path in index.files("documents")]
         documents, text = (sum(sum(table.column(name).to_pylist()) for table in tables) for name in ("num_rows", "bytes"))

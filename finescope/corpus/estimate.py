@@ -3,19 +3,13 @@
 import io
 from collections.abc import Sequence
 
-import pyarrow as pa
-
-from finescope import storage
 from finescope.config import CorpusSection
-from finescope.corpus.files import Compression, CorpusFile
-from finescope.corpus.lines import csv_header, parse_or_reject
-from finescope.corpus.rejects import Reject
-from finescope.corpus.streams import is_damage, lines_of
+from finescope.corpus.files import CorpusFile
+from finescope.corpus.shapes import columns_in, head_of
+from finescope.corpus.streams import lines_of
 from finescope.corpus.units import check_columns, inspect_range
 
 _SAMPLED_FILES = 8
-_HEAD_BYTES = 1 << 20
-_STEP_BYTES = 1 << 12
 
 
 def estimate(files: Sequence[CorpusFile], section: CorpusSection) -> tuple[int, int]:
@@ -38,29 +32,9 @@ def _estimate(file: CorpusFile, section: CorpusSection) -> tuple[float, float]:
         return sum(units.column("num_rows").to_pylist()), sum(units.column("bytes").to_pylist())
     if file.format == "txt":
         return 1.0, float(file.info.size)
-    raw = storage.read_bytes(file.info.path, 0, min(_HEAD_BYTES, file.info.size))
-    data = raw if file.compression is None else _decompressed_head(raw, file.compression)
-    lines = list(lines_of(io.BytesIO(data)))
-    if not lines:
-        return 0.0, 0.0
-    if file.format == "csv":
-        columns, rows = csv_header(data), len(lines) - 1
-    else:
-        parsed = [row for line in lines if not isinstance(row := parse_or_reject(line, frozenset()), Reject)]
-        columns, rows = list(dict.fromkeys(key for row in parsed for key in row)), len(lines)
+    head, scale = head_of(file)
+    rows = sum(1 for _ in lines_of(io.BytesIO(head))) - (file.format == "csv")
+    columns = columns_in(head, file)
     if columns:
         check_columns(file, section, columns)
-    scale = file.info.size / len(raw)
-    return rows * scale, len(data) * scale
-
-
-def _decompressed_head(raw: bytes, compression: Compression) -> bytes:
-    """What the first bytes of a compressed file hold: the end of the stream is not among them."""
-    stream, parts = pa.CompressedInputStream(pa.BufferReader(raw), compression), []
-    try:
-        while part := stream.read(_STEP_BYTES):
-            parts.append(part)
-    except (OSError, pa.ArrowInvalid) as error:
-        if not is_damage(error):
-            raise
-    return b"".join(parts)
+    return max(rows, 0) * scale, len(head) * scale

@@ -9,6 +9,7 @@ import pyarrow as pa
 from finescope import schemas, storage
 from finescope.config import CorpusSection
 from finescope.corpus.files import CorpusFile, common_directory, format_of, resolve
+from finescope.corpus.shapes import recognise, shaped
 from finescope.corpus.units import Inspection, inspect_range, num_ranges, range_bytes
 from finescope.errors import CorpusError, StepFailed
 from finescope.manifest import TableFile
@@ -64,6 +65,11 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
         StepFailed: no file can be read, or more than `max_reject_rate` of them cannot.
     """
     files = resolve(section)
+    shape = recognise(section, files)
+    if shape is not None:
+        made_of = f"corpus.messages: {shape.messages}" if shape.messages else f"corpus.text: {shape.text!r}"
+        context.reporter.note(f"index: the corpus has no column 'text' and is read as {shape.name}, as by {made_of}")
+    section = shaped(section, shape)
     storage.delete(storage.join(step.uri, _IDS))
     tasks = pa.Table.from_batches(list(_tasks(files, section)), schema=_TASKS)
     found: list[pa.Table] = []
@@ -89,6 +95,7 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
         "files": len(files),
         "directory": common_directory(files),
         "documents": rows if section.limit is None else min(rows, section.limit),
+        "shape": shape and shape._asdict(),
     }
     return Outcome(documents.num_rows + rejects.num_rows, documents.num_rows, rejects.num_rows, tables, facts)
 

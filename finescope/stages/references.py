@@ -11,6 +11,7 @@ from finescope.analysis.frames import frame_of
 from finescope.config import CorpusSection
 from finescope.corpus.documents import read_selected
 from finescope.corpus.reading import concat_rows
+from finescope.corpus.shapes import Shape, shaped
 from finescope.manifest import Manifest, TableFile
 from finescope.models.load import ModelReference, load_tokenizer
 from finescope.runners.base import Context, Resources
@@ -45,6 +46,12 @@ def read_shards(manifest: Manifest, name: str, columns: list[str] | None = None,
             break
         tables.append(storage.read_parquet(path, columns))
     return pa.concat_tables(tables).slice(0, most)
+
+
+def corpus_of(section: CorpusSection, index: Manifest) -> CorpusSection:
+    """The corpus as `index` found it: with the shape of its rows where the recipe names no columns."""
+    shape = index.facts["shape"]
+    return shaped(section, None if shape is None else Shape(**shape))
 
 
 def index_units(index: Manifest) -> list[dict[str, Any]]:

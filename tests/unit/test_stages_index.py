@@ -52,7 +52,7 @@ def test_small_files_share_tasks_and_all_are_listed_in_order(tmp_path: Path) -> 
     assert [unit["num_rows"] for unit in units] == [number % 3 + 1 for number in range(150) if number != 70]
     assert runner.units.num_rows == 3, "of about 64 files each"
     assert len(runner.arguments) == 2, "the list of files does not go to every actor"
-    assert outcome.facts == {"files": 150, "directory": f"{tmp_path}/c/", "documents": 300 - 2}
+    assert outcome.facts == {"files": 150, "directory": f"{tmp_path}/c/", "documents": 300 - 2, "shape": None}
 
 
 def test_ranges_of_a_large_file_are_tasks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
