@@ -8,7 +8,7 @@ import pytest
 from corpus_files import jsonl, parquet, section
 
 from finescope import storage
-from finescope.corpus import estimate as estimate_
+from finescope.corpus import shapes
 from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
 from finescope.corpus.units import inspect_file
@@ -31,7 +31,7 @@ def test_heads_of_large_files_are_scaled_to_all(tmp_path: Path, kind: str, monke
             jsonl(path, *data)
     corpus = section(tmp_path)
     exact = [unit for file in resolve(corpus) for unit in inspect_file(file, corpus).documents.to_pylist()]
-    monkeypatch.setattr(estimate_, "_HEAD_BYTES", 2**16)
+    monkeypatch.setattr(shapes, "_HEAD_BYTES", 2**16)
     asked: list[int] = []
     original: Any = storage.read_bytes
     monkeypatch.setattr(storage, "read_bytes", lambda uri, start, end: asked.append(end - start) or original(uri, start, end))
