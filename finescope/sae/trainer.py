@@ -15,6 +15,8 @@ from finescope.sae.objective import Losses, Scratch, Weights, losses
 
 # The encoder starts as a share of the decoder's transpose: at 1 the k latents that win overlap and overshoot.
 _ENCODER_START = 0.3
+# Parts of a random direction to one of an activation: with fewer, some latents stay dead (docs/benchmarks.md).
+_RANDOM_PARTS = 3.0
 # Of jumprelu, in units of the pre-activations of standardised coordinates.
 _THRESHOLD_START = 0.5
 # Adam moves a threshold's logarithm by its rate a step at most: at the weights' rate it would take tens of thousands.
@@ -180,7 +182,7 @@ class Trainer:
 
 
 def starting_directions(data: Tensor, count: int, seed: int, mean: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> Tensor:
-    """Unit rows [count, C]: activations of `data` [n, C] drawn at random, each mixed with as much of a random direction.
+    """Unit rows [count, C]: activations of `data` [n, C] drawn at random, each mixed with parts of a random direction.
 
     The activations put the rows where the data is; alone they would leave those dead that were drawn at a rare token (see
     docs/benchmarks.md). Random directions alone stand where there are too few. `mean` and `scale` [C] standardise.
@@ -189,7 +191,7 @@ def starting_directions(data: Tensor, count: int, seed: int, mean: Tensor | floa
     drawn = torch.randperm(len(data), generator=generator)[:count]
     chosen = (data[drawn.to(data.device)] - mean) / scale
     noise = torch.randn(count, data.shape[1], generator=generator).to(data)
-    noise = functional.normalize(noise, dim=1)
+    noise = _RANDOM_PARTS * functional.normalize(noise, dim=1)
     noise[: len(chosen)] += functional.normalize(chosen, dim=1)
     return functional.normalize(noise, dim=1)
 
