@@ -2,21 +2,26 @@
 
 import json
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import ray
 import torch
 from cli_runs import Finished, SilentReporter, finescope, leftovers, write_recipe
+from ray import cloudpickle
 from safetensors.torch import load_file
 from tiny_run import recipe_values, write_inputs
 
 from finescope import pipeline
 from finescope.config import Recipe
 from finescope.manifest import Manifest
+from finescope.runners.ray_data import map_units
 
 # Many processes start, each of which imports torch: minutes where the machine is busy.
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -92,6 +97,31 @@ def test_the_measures_are_the_same(finished: Finished, on_ray: dict[str, Manifes
     for name in ("base", "pruned", "recovered"):
         assert here[name]["tokens"] == there[name]["tokens"]
         assert there[name]["perplexity"] == pytest.approx(here[name]["perplexity"], rel=1e-3)
+
+
+class Slow:
+    """Says how many calls of it were running."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._running = seconds, 0
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        self._running += 1
+        time.sleep(self._seconds)
+        running, self._running = self._running, self._running - 1
+        return pa.table({"unit": batch.column("unit"), "running": [running]})
+
+
+@pytest.mark.parametrize("units_at_once", [1, 2])
+def test_an_actor_has_as_many_units_at_a_time_as_it_may(session: None, units_at_once: int) -> None:
+    # A worker's class travels by name, which no module of the cluster has.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    units, options = pa.table({"unit": range(4)}), {"num_cpus": 1}
+    found = [
+        row for table in map_units(Slow, (1.0,), units, (1, 1), options, units_at_once=units_at_once) for row in table.to_pylist()
+    ]
+    assert sorted(row["unit"] for row in found) == list(range(4))
+    assert max(row["running"] for row in found) == units_at_once
 
 
 def test_a_worker_s_error_is_the_user_s_one_line(session: None, tmp_path: Path) -> None:
