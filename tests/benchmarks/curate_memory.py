@@ -61,7 +61,7 @@ def select(root: Path, documents: int, deduplicate: str) -> None:
         while not ended.wait(0.1):
             peak[0] = max(peak[0], memory("RssAnon"))
 
-    sampler = threading.Thread(target=sample)
+    sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
     started = time.process_time()
     manifest = run_curate(root, inputs, documents=documents, deduplicate=deduplicate)
