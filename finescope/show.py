@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finescope import storage
-from finescope.analysis import summaries
+from finescope.analysis import origins, summaries
 from finescope.analysis.digest import digest
-from finescope.analysis.frames import corpus_sources, frame_of, frames_of, manifests_of, tables_of
+from finescope.analysis.frames import frames_of, manifests_of, tables_of
 from finescope.analysis.table import closing_grid
 from finescope.config import STEPS, ModelSection
 from finescope.errors import ModelError, UserError
@@ -127,7 +127,7 @@ def closing_table(manifests: Mapping[str, Manifest]) -> None:
         rows = [(row.label, *(_with(*cell) for cell in zip(row.cells, row.relative, strict=True))) for row in grid.rows]
         _table("models (against base)", ("", *grid.columns), rows, right=range(1, len(grid.columns) + 1))
     if "curate" in manifests:
-        by_source = summaries.sources(frame_of(manifests["curate"], "curated"), corpus_sources(manifests))
+        by_source = origins.shares(manifests)
         if by_source.height:
             _frame("curated set by source", by_source)
     times = summaries.wall_time(manifests)

@@ -4,13 +4,16 @@ from collections.abc import Callable, Mapping
 
 import polars as pl
 
-from finescope.analysis import latents, summaries
-from finescope.analysis.frames import corpus_sources, frames_of
+from finescope.analysis import latents, origins, summaries
+from finescope.analysis.frames import frames_of, sample_of
 from finescope.manifest import Manifest
 
 Summaries = dict[str, pl.DataFrame]
 _NEAR = 5
 _LATENTS = 12
+_SOURCES = 20
+# Scored documents that stand for the corpus: rows of each of so many shards.
+BACKGROUND = {"files": 8, "rows": 5_000}
 
 
 def digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summaries:
@@ -24,17 +27,19 @@ def _scores(manifests: Mapping[str, Manifest]) -> Summaries:
     scores, curated = frames_of(manifests, "scores"), frames_of(manifests, "curated")
     found = {"score quantiles": summaries.score_quantiles(scores)}
     if "curate" in manifests:
-        found["around the cut"] = summaries.near_misses(scores, curated, _NEAR)
-        found["top latents"] = summaries.top_latents(scores, curated, _LATENTS)
+        near = summaries.near_misses(scores, curated, _NEAR)
+        texts = pl.Series("text", origins.texts(manifests, near), pl.String)
+        found["around the cut"] = near.drop("file", "row_group", "row").with_columns(texts)
+        background = sample_of(manifests["score"], "scores", **BACKGROUND)
+        found["top latents"] = summaries.top_latents(scores, curated, background, _LATENTS)
     return found
 
 
 def _curated(manifests: Mapping[str, Manifest]) -> Summaries:
-    curated = frames_of(manifests, "curated")
-    by_source = summaries.sources(curated, corpus_sources(manifests))
+    by_source = origins.shares(manifests)
     seeds = manifests["score"].facts.get("seeds", []) if "score" in manifests else []
-    found = {} if by_source.is_empty() else {"sources": by_source}
-    return found | {"seeds": summaries.seed_hits(curated, seeds)}
+    found = {} if by_source.is_empty() else {"sources": by_source.head(_SOURCES)}
+    return found | {"seeds": summaries.seed_hits(frames_of(manifests, "curated"), seeds)}
 
 
 def _latents(manifests: Mapping[str, Manifest]) -> Summaries:

@@ -11,9 +11,10 @@ import yaml
 from markupsafe import Markup
 
 from finescope import storage
-from finescope.analysis import charts, summaries
+from finescope.analysis import charts, origins, summaries
 from finescope.analysis.curves import curve_charts
-from finescope.analysis.frames import corpus_sources, frame_of, frames_of
+from finescope.analysis.digest import BACKGROUND
+from finescope.analysis.frames import frame_of, frames_of, sample_of
 from finescope.analysis.sae_section import sae_section
 from finescope.analysis.table import closing_grid, shown
 from finescope.config import STEPS
@@ -21,7 +22,9 @@ from finescope.manifest import Manifest, now
 
 REPORT = "report.html"
 _EXAMPLES = 8
+_SOURCES = 40
 _TEXT_CHARACTERS = 900
+_CUT_CHARACTERS = 160
 _REWRITES = 3
 _DISTILL_CURVES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
 # Cells of a block's row in the map of its groups: enough to see the shape, few enough to be drawn.
@@ -103,13 +106,15 @@ def _scores(run: _Run) -> dict[str, Any] | None:
         return None
     scores, curated = run.frame("score", "scores"), run.frame("curate", "curated")
     cut = run.facts("curate").get("lowest_score")
+    near = summaries.near_misses(scores, curated, 4)
+    texts = [_cut(text or "", _CUT_CHARACTERS) for text in origins.texts(run.manifests, near)]
     return {
         "cut": cut,
         "scored": run.manifests["score"].tables["scores"].rows,
         "rejected": run.manifests["curate"].rejects,
         "chart": Markup(charts.histogram(summaries.score_histogram(scores, curated, 60), cut)),
         "quantiles": summaries.score_quantiles(scores).to_dicts(),
-        "near": summaries.near_misses(scores, curated, 4).to_dicts(),
+        "near": near.with_columns(text=pl.Series(texts, dtype=pl.String)).to_dicts(),
     }
 
 
@@ -117,16 +122,16 @@ def _curated(run: _Run) -> dict[str, Any] | None:
     if not run.has("curate", "curated"):
         return None
     curated, seeds = run.frame("curate", "curated"), run.facts("score").get("seeds", [])
-    by_source = summaries.sources(curated, corpus_sources(run.manifests))
     found: dict[str, Any] = {
         "documents": run.manifests["curate"].rows_out,
-        "sources": by_source.to_dicts(),
+        "sources": origins.shares(run.manifests).head(_SOURCES).to_dicts(),
         "seeds": summaries.seed_hits(curated, seeds).to_dicts(),
         "latents": [],
         "examples": _examples(run, curated, seeds),
     }
     if run.has("score", "scores"):
-        found["latents"] = summaries.top_latents(run.frame("score", "scores"), curated, 12).to_dicts()
+        background = sample_of(run.manifests["score"], "scores", **BACKGROUND)
+        found["latents"] = summaries.top_latents(run.frame("score", "scores"), curated, background, 12).to_dicts()
     return found
 
 

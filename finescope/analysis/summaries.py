@@ -14,9 +14,10 @@ SOURCE = "source"
 
 
 def score_quantiles(scores: pl.LazyFrame) -> pl.DataFrame:
-    """The distribution of the scores: quantile, score."""
-    columns = [pl.col("score").quantile(q, "nearest").alias(str(q)) for q in _QUANTILES]
-    values = scores.select(columns).collect().row(0)
+    """The distribution of the scores, each one that occurs: quantile, score. Holds the column of scores, sorted once."""
+    ordered = scores.select(pl.col("score").sort()).collect()["score"].drop_nulls()
+    last = len(ordered) - 1
+    values = [float(ordered[round(quantile * last)]) if last >= 0 else None for quantile in _QUANTILES]
     return pl.DataFrame({"quantile": _QUANTILES, "score": values}, schema={"quantile": pl.Float64, "score": pl.Float64})
 
 
@@ -36,23 +37,26 @@ def score_histogram(scores: pl.LazyFrame, curated: pl.LazyFrame, bins: int) -> p
 
 
 def near_misses(scores: pl.LazyFrame, curated: pl.LazyFrame, count: int) -> pl.DataFrame:
-    """The `count` documents that were kept last and the `count` best below them: kept, doc_id, score, seed, top_latents.
+    """The `count` documents that were kept last and the `count` best below them: kept, and the columns of `NEAR`.
 
     A document above the last one kept that is not in the curated set was rejected by `curate`; `rejects` says why.
     """
     kept = curated.select("doc_id", "score").bottom_k(count, by=["score", "doc_id"], reverse=[False, True]).collect()
     if kept.is_empty():
-        return pl.DataFrame(schema={"kept": pl.Boolean, **scores.select(_NEAR).collect_schema()})
+        return pl.DataFrame(schema={"kept": pl.Boolean, **scores.select(NEAR).collect_schema()})
     kept = kept.sort(["score", "doc_id"], descending=[True, False])
     score, doc_id = kept["score"][-1], kept["doc_id"][-1]
     below = (pl.col("score") < score) | ((pl.col("score") == score) & (pl.col("doc_id") > doc_id))
-    rest = scores.filter(below).select(_NEAR).bottom_k(count, by=["score", "doc_id"], reverse=[True, False]).collect()
-    last = scores.filter(pl.col("doc_id").is_in(kept["doc_id"].to_list())).select(_NEAR).collect()
+    # The scores alone say how far down to look; the other columns are then read for a handful of rows.
+    lowest = scores.filter(pl.col("score") < score).select("score").top_k(count, by="score").min().collect().item()
+    near = scores.filter(pl.col("score").is_between(score if lowest is None else lowest, kept["score"][0])).select(NEAR)
+    rest = near.filter(below).bottom_k(count, by=["score", "doc_id"], reverse=[True, False]).collect()
+    last = near.filter(pl.col("doc_id").is_in(kept["doc_id"].to_list())).collect()
     both = pl.concat([last.with_columns(kept=pl.lit(True)), rest.with_columns(kept=pl.lit(False))])
-    return both.sort(["score", "doc_id"], descending=[True, False]).select("kept", *_NEAR)
+    return both.sort(["score", "doc_id"], descending=[True, False]).select("kept", *NEAR)
 
 
-_NEAR = ("doc_id", "score", "seed", "top_latents")
+NEAR = ("doc_id", "score", "seed", "top_latents", "file", "row_group", "row")
 
 
 def sources(curated: pl.LazyFrame, corpus: Mapping[str, int]) -> pl.DataFrame:
@@ -91,13 +95,36 @@ def seed_hits(curated: pl.LazyFrame, seeds: list[str]) -> pl.DataFrame:
     return joined.sort("seed").select("seed", "documents", "best", "mean", "text")
 
 
-def top_latents(scores: pl.LazyFrame, curated: pl.LazyFrame, count: int) -> pl.DataFrame:
-    """Latents that most often are among a curated document's reasons: latent, documents, share (of the curated set)."""
-    documents = curated.select(pl.len()).collect().item()
-    reasons = scores.join(curated.select("doc_id"), on="doc_id", how="semi").select(pl.col("top_latents").alias("latent"))
-    counted = reasons.explode("latent").drop_nulls().group_by("latent").agg(pl.len().alias("documents"))
-    shares = counted.with_columns((pl.col("documents") / max(documents, 1)).alias("share"))
-    return shares.collect().sort(["documents", "latent"], descending=[True, False]).head(count)
+def scores_of(scores: pl.LazyFrame, curated: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows of `scores` that were curated. Ids are looked at above the lowest curated score alone."""
+    lowest = curated.select(pl.col("score").min()).collect().item()
+    above = scores.filter(pl.col("score") >= (0.0 if lowest is None else lowest))
+    return above.join(curated.select("doc_id"), on="doc_id", how="semi")
+
+
+def top_latents(scores: pl.LazyFrame, curated: pl.LazyFrame, background: pl.LazyFrame, count: int) -> pl.DataFrame:
+    """Latents that set the curated documents apart: those that are among the reasons of their scores.
+
+    Args:
+        background: scores of any documents, or of a sample of them.
+
+    Returns:
+        latent, documents (curated, among whose reasons it is), share (of the curated set), background_share and lift, their
+        ratio. By share * log(lift), what the latent adds to the Kullback-Leibler divergence. A latent that the background
+        lacks counts there as half a document.
+    """
+    documents, sampled = (frame.select(pl.len()).collect().item() for frame in (curated, background))
+    counted = _reasons(scores_of(scores, curated), "documents").join(_reasons(background, "seen"), on="latent", how="left")
+    background_share = pl.col("seen").fill_null(0) / max(sampled, 1)
+    lift = pl.col("share") / pl.max_horizontal("background_share", pl.lit(0.5 / max(sampled, 1)))
+    shares = counted.with_columns((pl.col("documents") / max(documents, 1)).alias("share"), background_share=background_share)
+    ordered = shares.with_columns(lift=lift).sort(pl.col("share") * pl.col("lift").log(), "latent", descending=[True, False])
+    return ordered.select("latent", "documents", "share", "background_share", "lift").head(count).collect()
+
+
+def _reasons(scores: pl.LazyFrame, name: str) -> pl.LazyFrame:
+    reasons = scores.select(pl.col("top_latents").alias("latent")).explode("latent").drop_nulls()
+    return reasons.group_by("latent").agg(pl.len().alias(name))
 
 
 def pruned_groups(importance: pl.LazyFrame) -> pl.DataFrame:

@@ -153,7 +153,8 @@ def call_remote(
     function: Callable[..., Result], arguments: tuple[Any, ...], progress: Progress, options: dict[str, Any]
 ) -> Result:
     """Run `function(*arguments, progress)` as one Ray task; its progress is told here while it runs."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    # Its node may go away: it is started again on another, and who speaks to it waits.
+    queue = Queue(actor_options={"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1})
     ended = threading.Event()
     listener = threading.Thread(target=_listen, args=(queue, progress, ended), daemon=True)
     listener.start()
@@ -163,7 +164,7 @@ def call_remote(
     finally:
         ended.set()
         listener.join()
-        queue.shutdown()
+        queue.shutdown(force=True)  # an actor that may start again does so after any other end
 
 
 def _call(function: Callable[..., Result], arguments: tuple[Any, ...], queue: Queue) -> Result:

@@ -51,7 +51,9 @@ def train(
     """
     if zero_stage:
         check_installed()
-    relay: Any = _Relay.options(num_cpus=0).remote()  # pyright: ignore[reportAttributeAccessIssue]
+    # It may be on a node that goes away. One that starts again has forgotten all and is soon told how much is done.
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    relay: Any = _Relay.options(**options).remote()  # pyright: ignore[reportAttributeAccessIssue]
     # Ray Train keeps nothing of ours there: checkpoints are the loop's own. It wants a place to write all the same.
     scratch = _scratch_directory()
     gpus = "GPU" in per_worker

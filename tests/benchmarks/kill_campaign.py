@@ -239,13 +239,14 @@ def campaign(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     write_inputs(root, documents=arguments.documents, files=3, rows_per_group=-(-arguments.documents // 12))
     stories: list[dict[str, Any]] = []
     undisturbed = root / "runs" / "undisturbed"
-    for first in range(0, arguments.runs, arguments.per_cluster):
+    end = arguments.first + arguments.runs
+    for first in range(arguments.first, end, arguments.per_cluster):
         with nodes(str(sessions)) as there:
-            if not first:
+            if not undisturbed.exists():
                 recipe, _ = recipe_of(root, undisturbed.name, there.cluster.address)
                 if started(recipe, undisturbed.with_suffix(".log")).wait(_LIMIT_S):
                     raise RuntimeError(undisturbed.with_suffix(".log").read_text())
-            for number in range(first, min(first + arguments.per_cluster, arguments.runs)):
+            for number in range(first, min(first + arguments.per_cluster, end)):
                 chance = random.Random(f"{arguments.seed} {number}")
                 planned = blow(number, undisturbed, chance)
                 recipe, output = recipe_of(root, f"run-{number}", there.cluster.address)
@@ -267,6 +268,7 @@ def campaign(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run: a campaign may be done in parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--documents", type=int, default=360)
     parser.add_argument("--per-cluster", type=int, default=10, help="runs on one cluster before it is started anew")

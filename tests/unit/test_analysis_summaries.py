@@ -9,6 +9,9 @@ SCORES = pl.LazyFrame(
         "score": [0.9, 0.5, 0.5, 0.5, 0.1],
         "seed": [0, 1, 0, 0, 1],
         "top_latents": [[1, 2], [2], [2, 3], [4], []],
+        "file": [0, 0, 1, 1, 1],
+        "row_group": [0, 0, 0, 0, 1],
+        "row": [0, 1, 0, 1, 0],
     },
     schema_overrides={"score": pl.Float32, "seed": pl.Int32},
 )
@@ -60,8 +63,25 @@ def test_every_seed_is_listed_with_its_hits() -> None:
     assert found["mean"].to_list() == [pytest.approx(0.7), pytest.approx(0.5), None]
 
 
-def test_top_latents_count_curated_documents() -> None:
-    assert summaries.top_latents(SCORES, CURATED, 2).rows() == [(2, 3, 1.0), (1, 1, pytest.approx(1 / 3))]
+def test_near_misses_of_many_equal_scores_are_the_next_ids() -> None:
+    ids = [f"d{at:02d}" for at in range(40)]
+    same = pl.LazyFrame({name: [0] * 40 for name in summaries.NEAR} | {"doc_id": ids, "score": [0.5] * 39 + [0.4]})
+    found = summaries.near_misses(same, same.filter(pl.col("doc_id") <= "d30"), 3)
+    assert found["doc_id"].to_list() == ["d28", "d29", "d30", "d31", "d32", "d33"]
+
+
+def test_top_latents_are_those_of_the_curated_that_others_lack() -> None:
+    found = summaries.top_latents(SCORES, CURATED, SCORES, 4)
+    # Of three curated documents and of all five: 2 in 3 and 3, 1 and 3 in one and one.
+    assert found.select("latent", "documents").rows() == [(2, 3), (1, 1), (3, 1)]
+    assert found["share"].to_list() == pytest.approx([1.0, 1 / 3, 1 / 3])
+    assert found["background_share"].to_list() == pytest.approx([0.6, 0.2, 0.2])
+    assert found["lift"].to_list() == pytest.approx([5 / 3] * 3)
+    # A latent of everything says nothing; one that the background lacks counts there as half a document.
+    everywhere = SCORES.with_columns(top_latents=pl.lit([2], pl.List(pl.Int64)))
+    found = summaries.top_latents(SCORES, CURATED, everywhere, 4)
+    assert found["latent"].to_list() == [1, 3, 2]
+    assert found["lift"].to_list() == pytest.approx([1 / 3 / 0.1, 1 / 3 / 0.1, 1.0])
 
 
 IMPORTANCE = pl.LazyFrame(
