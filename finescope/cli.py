@@ -130,7 +130,8 @@ def report(run: RunPath, verbose: Verbose = False) -> None:
     with _errors(verbose):
         from finescope.show import write_report
 
-        print(write_report(run))  # noqa: T201
+        for path in write_report(run):
+            print(path)  # noqa: T201
 
 
 @app.command("check-model")
@@ -147,13 +148,14 @@ def export(
     run: RunPath,
     to: Annotated[str, typer.Option("--to", help="directory to write", metavar="DIR")],
     format_: Annotated[str, typer.Option("--format", help="hf, sae-lens, sparsify or gguf")] = "hf",
+    domain: Annotated[str | None, typer.Option("--domain", help="whose student, in a run of several domains")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Export the student or the dictionary in another tool's layout."""
     with _errors(verbose):
         from finescope.export import export_run
 
-        print(export_run(run, format_, to))  # noqa: T201
+        print(export_run(run, format_, to, domain))  # noqa: T201
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from finescope.config_sae import SaeSection
+from finescope.config_seeds import Domain, SeedsSection
 from finescope.section import Count, Section, Seed, Share
 
 STEPS = ("index", "model", "sae", "embed", "score", "curate", "prune", "distill", "evaluate", "report")
@@ -62,12 +63,6 @@ class CorpusSection(Section):
         return self
 
 
-class SeedsSection(Section):
-    """The examples that say what the domain is."""
-
-    path: str = Field(description="JSONL; rows like the corpus's, or rows with `text` alone", min_length=1)
-
-
 class EmbedSection(Section):
     """One pooled code a document."""
 
@@ -82,7 +77,10 @@ class EmbedSection(Section):
 class ScoreSection(Section):
     """How a document's code is compared with the seeds'."""
 
-    similarity: Literal["max", "mean"] = Field(default="max", description="over the seeds")
+    similarity: Literal["max", "mean", "softmax"] = Field(default="mean", description="over the seeds; max is the paper's")
+    temperature: float = Field(
+        default=0.1, gt=0.0, description="of softmax, in units of the cosine: near zero it is max, far above one mean"
+    )
     weighting: Literal["none", "idf", "centred", "contrast"] = Field(default="centred", description="none is the paper's")
 
 
@@ -193,11 +191,17 @@ class EvaluateSection(Section):
     """What base, pruned and recovered models are measured on."""
 
     tasks: tuple[Literal["perplexity"], ...] = ("perplexity",)
-    target: tuple[str, ...] = Field(default=(), description="held-out documents of the domain; empty: the seeds")
+    target: tuple[str, ...] | dict[Domain, tuple[str, ...]] = Field(
+        default=(), description="held-out documents of the domain, by domain where there are several; empty: the seeds"
+    )
     general: tuple[str, ...] = Field(default=(), description="held-out documents of anything else; empty: random documents")
     documents: int = Field(default=128, ge=1, description="documents a set at most")
     max_tokens: int = Field(default=512, ge=2)
     batch_tokens: int = Field(default=4096, ge=1)
+
+    def target_of(self, domain: str) -> tuple[str, ...]:
+        """The held-out documents of one domain."""
+        return self.target.get(domain, ()) if isinstance(self.target, dict) else self.target
 
 
 class ComputeSection(Section):
@@ -230,3 +234,14 @@ class Recipe(Section):
     distill: DistillSection = DistillSection()
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
+
+    @model_validator(mode="after")
+    def _targets_are_of_domains(self) -> "Recipe":
+        domains = [file.domain for file in self.seeds.files if file.domain]
+        target = self.evaluate.target
+        if isinstance(target, dict) and (unknown := [name for name in target if name not in domains]):
+            known = ", ".join(domains) or "none, since seeds.path is of one domain"
+            raise ValueError(f"evaluate.target: {unknown[0]} is no domain of seeds; domains: {known}")
+        if domains and target and not isinstance(target, dict):
+            raise ValueError(f"evaluate.target: expected files by domain, as seeds has several: {', '.join(domains)}")
+        return self

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from finescope import storage
 from finescope.analysis.frames import manifests_of
 from finescope.errors import UserError
-from finescope.manifest import Manifest
+from finescope.manifest import Manifest, domains_of, of_domain
 
 FORMATS = ("hf", "sae-lens", "sparsify", "gguf")
 
 
-def export_run(run: str, format: str, to: str) -> str:
+def export_run(run: str, format: str, to: str, domain: str | None = None) -> str:
     """Write the student (hf) or the dictionary (sae-lens, sparsify) of a run to directory `to`, whole or not at all.
 
     Returns:
@@ -30,10 +30,20 @@ def export_run(run: str, format: str, to: str) -> str:
         )
     target = storage.absolute(to)
     if format == "hf":
-        return _export_student(run, manifests, _empty(to, target))
+        return _export_student(run, of_domain(manifests, _domain(run, manifests, domain)), _empty(to, target))
     if "sae" not in manifests:
         raise UserError(f"the run at '{run}' has no dictionary yet: 'sae' is not done")
     return _export_dictionary(manifests, format, _empty(to, target))
+
+
+def _domain(run: str, manifests: Mapping[str, Manifest], asked: str | None) -> str:
+    domains = domains_of(manifests)
+    if asked is None and len(domains) <= 1:
+        return "".join(domains)
+    if asked not in domains:
+        known = ", ".join(domains) or "none"
+        raise UserError(f"--domain {asked or ''}: expected one of the domains of the run at '{run}': {known}")
+    return asked
 
 
 def _export_student(run: str, manifests: Mapping[str, Manifest], target: str) -> str:

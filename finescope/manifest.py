@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import socket
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -49,6 +50,7 @@ class Manifest(Record):
     """What a step did. It exists if and only if the step is done."""
 
     step: str
+    domain: str = ""  # in a run of several
     version: int
     identity: str
     uri: str  # the step's directory; not part of what is compared, a run may be moved
@@ -105,10 +107,33 @@ class StepState(Record):
 
 
 class RunRecord(Record):
-    """All steps of a run, in the order in which they were begun."""
+    """All steps of a run by their labels, in the order in which they were begun."""
 
     finescope: str = ""
     steps: dict[str, StepState] = {}
+
+
+def label_of(step: str, domain: str) -> str:
+    """What a step of a domain is called in a run; neither of the two has a dash in it."""
+    return f"{step}-{domain}" if domain else step
+
+
+def step_and_domain(label: str) -> tuple[str, str]:
+    """What `label_of` joined."""
+    step, _, domain = label.partition("-")
+    return step, domain
+
+
+def domains_of(labels: Iterable[str]) -> list[str]:
+    """The domains that labels of a run name, in order; empty in a run of one domain."""
+    return [domain for domain in dict.fromkeys(step_and_domain(label)[1] for label in labels) if domain]
+
+
+def of_domain(manifests: Mapping[str, Manifest], domain: str) -> dict[str, Manifest]:
+    """The manifests that one domain builds on, by step: what all share and its own."""
+    split = [(*step_and_domain(label), found) for label, found in manifests.items()]
+    shared = {step: found for step, of, found in split if not of}
+    return shared | {step: found for step, of, found in split if of == domain}
 
 
 def now() -> str:
@@ -181,7 +206,11 @@ def require_run(output: str) -> RunRecord:
 def mark(output: str, step: str, state: StepState) -> None:
     """Put a step's state into `run.json`."""
     record = read_run(output)
-    steps = {name: known for name, known in record.steps.items() if name != step} | {step: state}
+    kind, domain = step_and_domain(step)
+    # Of a directory that a run of one domain made and a domain of several took over, one label is left.
+    other_form = {label for label, known in record.steps.items() if known.path == state.path and (label == kind) == bool(domain)}
+    steps = {label: known for label, known in record.steps.items() if label != step and label not in other_form}
+    steps |= {step: state}
     updated = RunRecord(finescope=installed_version("finescope") or "", steps=steps)
     storage.put_json(storage.join(output, RUN), updated.model_dump(mode="json"))
 

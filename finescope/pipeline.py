@@ -3,13 +3,14 @@
 import contextlib
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from finescope import manifest, steps, storage
 from finescope.config import STEPS, Recipe, Section
+from finescope.config_seeds import SeedFile
 from finescope.errors import RecipeError, StepFailed, UserError
-from finescope.manifest import Manifest
+from finescope.manifest import Manifest, label_of
 from finescope.runners.base import Context, Reporter, Runner
 from finescope.steps import Outcome, Step, StepInput
 
@@ -17,9 +18,12 @@ _PATHS = {"corpus": ["path"], "seeds": ["path"], "curate": ["decontaminate"], "e
 
 
 def steps_of(recipe: Recipe) -> dict[str, Step]:
-    """The steps of a recipe, in order. Pure data: nothing is loaded, only small input files are hashed."""
+    """The steps of a recipe by label, in order. Pure data: nothing is loaded, only small input files are hashed.
+
+    What comes before `score` is shared by all domains; from there on each has its own, and all of them do a step before
+    any does the next.
+    """
     inputs = placed(recipe)
-    seeds = _contents(inputs.seeds.path)
     corpus = _values(recipe.corpus)
     # How many rejects are put up with changes no result: who allows more of them goes on with what is done.
     index = Step("index", {key: value for key, value in corpus.items() if key != "max_reject_rate"})
@@ -27,16 +31,30 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
     # Nor does keeping the activations.
     sae = Step("sae", {key: value for key, value in _values(recipe.sae).items() if key != "cache"}, (index, model))
     embed = Step("embed", _values(recipe.embed), (index, model, sae))
-    score = Step("score", {**_values(recipe.score), "seeds": seeds}, (index, model, sae, embed))
+    shared = (index, model, sae, embed)
+    domains = [_domain_steps(inputs, recipe, seeds, shared) for seeds in inputs.seeds.files]
+    return {step.label: step for step in (*shared, *(step for same in zip(*domains, strict=True) for step in same))}
+
+
+def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[Step, Step, Step, Step]) -> tuple[Step, ...]:
+    """`score` to `report` of one domain. Nothing in them tells of other domains: one more leaves these as they are."""
+    index, model, _, embed = shared
+    seeds = _contents(file.path)
+
+    def step(name: str, section: dict[str, Any], *builds_on: Step) -> Step:
+        return Step(name, section, builds_on, domain=file.domain)
+
+    score = step("score", {**_values(recipe.score), "seeds": seeds}, *shared)
     evaluations = [_contents(path) for path in inputs.curate.decontaminate]
-    curate = Step("curate", {**_values(recipe.curate), "evaluations": evaluations}, (index, model, sae, embed, score))
-    prune = Step("prune", _values(recipe.prune), (index, model, embed, curate))
-    distill = Step("distill", _values(recipe.distill), (index, model, embed, curate, prune))
-    held_out = [_contents(path) for path in (*inputs.evaluate.target, *inputs.evaluate.general)]
-    evaluation_inputs = (index, model, embed, curate, prune, distill)
-    evaluate = Step("evaluate", {**_values(recipe.evaluate), "seeds": seeds, "held_out": held_out}, evaluation_inputs)
-    report = Step("report", {}, (index, model, sae, embed, score, curate, prune, distill, evaluate))
-    return {step.name: step for step in (index, model, sae, embed, score, curate, prune, distill, evaluate, report)}
+    curate = step("curate", {**_values(recipe.curate), "evaluations": evaluations}, *shared, score)
+    prune = step("prune", _values(recipe.prune), index, model, embed, curate)
+    distill = step("distill", _values(recipe.distill), index, model, embed, curate, prune)
+    held_out = [_contents(path) for path in (*inputs.evaluate.target_of(file.domain), *inputs.evaluate.general)]
+    measured = {**_values(recipe.evaluate), "target": list(recipe.evaluate.target_of(file.domain))}
+    evaluation = {**measured, "seeds": seeds, "held_out": held_out}
+    evaluate = step("evaluate", evaluation, index, model, embed, curate, prune, distill)
+    report = step("report", {}, *shared, score, curate, prune, distill, evaluate)
+    return score, curate, prune, distill, evaluate, report
 
 
 def placed(recipe: Recipe) -> Recipe:
@@ -50,6 +68,8 @@ def placed(recipe: Recipe) -> Recipe:
     def put(value: Any) -> Any:
         if isinstance(value, str):
             return value.replace("{output}", output)
+        if isinstance(value, dict):
+            return {key: put(item) for key, item in value.items()}
         return type(value)(put(item) for item in value) if isinstance(value, tuple) else value
 
     changed = {
@@ -60,7 +80,7 @@ def placed(recipe: Recipe) -> Recipe:
 
 
 def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepInput], Outcome]]:
-    """What each step does. Imports torch; a run that has nothing to do never comes here."""
+    """What each step does, by label. Imports torch; a run that has nothing to do never comes here."""
     from finescope.stages.curate import curate
     from finescope.stages.distill import distill
     from finescope.stages.embed import embed
@@ -74,24 +94,33 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     from finescope.stages.score import score
 
     r = placed(recipe)
-    return {
+    functions: dict[str, Callable[[StepInput], Outcome]] = {
         "index": lambda step: index(context, r.corpus, step),
         "model": lambda step: model(context, r.model, r.sae.layer, step),
         "sae": lambda step: sae(context, corpus_of(r.corpus, step["index"]), r.sae, step),
         "embed": lambda step: embed(context, corpus_of(r.corpus, step["index"]), r.embed, step),
-        "score": lambda step: score(context, corpus_of(r.corpus, step["index"]), r.seeds, r.score, r.embed, step),
-        "curate": lambda step: curate(context, corpus_of(r.corpus, step["index"]), r.curate, step),
-        "prune": lambda step: prune(context, corpus_of(r.corpus, step["index"]), r.prune, step),
-        "distill": lambda step: distill(context, corpus_of(r.corpus, step["index"]), r.distill, step),
-        "evaluate": lambda step: evaluate(context, corpus_of(r.corpus, step["index"]), r.seeds, r.evaluate, step),
-        "report": lambda step: report(r, step),
     }
+
+    def add(seeds: SeedFile) -> None:
+        of_domain: dict[str, Callable[[StepInput], Outcome]] = {
+            "score": lambda step: score(context, corpus_of(r.corpus, step["index"]), seeds, r.score, r.embed, step),
+            "curate": lambda step: curate(context, corpus_of(r.corpus, step["index"]), r.curate, step),
+            "prune": lambda step: prune(context, corpus_of(r.corpus, step["index"]), r.prune, step),
+            "distill": lambda step: distill(context, corpus_of(r.corpus, step["index"]), r.distill, step),
+            "evaluate": lambda step: evaluate(context, corpus_of(r.corpus, step["index"]), seeds, r.evaluate, step),
+            "report": lambda step: report(r, step),
+        }
+        functions.update({label_of(name, seeds.domain): function for name, function in of_domain.items()})
+
+    for seeds in r.seeds.files:
+        add(seeds)
+    return functions
 
 
 def run(
     recipe: Recipe, reporter: Reporter, until: str | None = None, check: Callable[[Recipe], None] | None = None
 ) -> dict[str, Manifest]:
-    """Run what is missing, in order, up to step `until`. What is done with the same recipe is not touched.
+    """Run what is missing, in order, up to step `until` of every domain. What is done with the same recipe is not touched.
 
     `check` is called before the first step that is not done, and may raise what speaks against it.
 
@@ -104,7 +133,7 @@ def run(
     done = {name: found for name, step in plan.items() if (found := steps.finished(step, output))}
     if len(done) == len(plan):
         for step in plan.values():
-            steps.point_at(step, output, done[step.name])
+            steps.point_at(step, output, done[step.label])
         reporter.note(f"nothing to do: all {len(plan)} steps of '{output}' are done")
         return done
     if check is not None:
@@ -115,7 +144,8 @@ def run(
             with _failures(name, output):
                 manifest_ = steps.run(step, output, functions[name])
                 if name == "model":
-                    _check_inputs(recipe, done["index"], manifest_, plan.keys() - done.keys())
+                    left = [step for label, step in plan.items() if label not in done]
+                    _check_inputs(recipe, done["index"], manifest_, left)
             if name not in done:
                 reporter.note(f"{name}: done in {manifest_.seconds:.1f} s, {_counts(manifest_)}{manifest_.uri}")
             done[name] = manifest_
@@ -134,9 +164,9 @@ def prepared(recipe: Recipe, reporter: Reporter) -> dict[str, Step]:
 def _until(plan: dict[str, Step], last: str | None) -> dict[str, Step]:
     if last is None:
         return plan
-    if last not in plan:
+    if last not in STEPS:
         raise RecipeError(f"--until {last}: no such step; steps: {', '.join(STEPS)}")
-    return {name: plan[name] for name in STEPS[: STEPS.index(last) + 1]}
+    return {label: step for label, step in plan.items() if STEPS.index(step.name) <= STEPS.index(last)}
 
 
 @contextlib.contextmanager
@@ -179,7 +209,7 @@ def _kept(error: Exception, log: str) -> str | None:
     return log
 
 
-def _check_inputs(recipe: Recipe, index: Manifest, model: Manifest, left: Set[str]) -> None:
+def _check_inputs(recipe: Recipe, index: Manifest, model: Manifest, left: list[Step]) -> None:
     """Before the dear steps, and as soon as there is a tokenizer: the small inputs of the steps in `left`."""
     from finescope.stages.inputs import check_inputs
     from finescope.stages.references import corpus_of

@@ -6,7 +6,7 @@ Estimates, from sizes alone: a forward pass of one token costs two operations a 
 import importlib.util
 import json as json_
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
 from finescope.corpus.shapes import recognise, shaped
 from finescope.errors import ResourceError
-from finescope.manifest import Manifest
+from finescope.manifest import Manifest, step_and_domain
 from finescope.models.load import load_meta_model
 from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
@@ -37,12 +37,12 @@ class Cost:
     """What one step takes."""
 
     step: str
-    done: bool
     documents: int
     tokens: int
     flops: float
     memory_bytes: int  # of the largest process
     disk_bytes: int
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,27 @@ class Corpus:
 
 
 def costs(recipe: Recipe) -> list[Cost]:
-    """The cost of each step.
+    """The cost of each step; of the steps that each domain has, once a domain.
 
     Raises:
         CorpusError, ModelError: the corpus or the model cannot be used.
     """
     output = storage.absolute(recipe.output)
     plan = steps_of(recipe)
-    records = {name: found for name, step in plan.items() if (found := steps.finished(step, output))}
-    done = set(records)
-    corpus = _corpus(recipe, records.get("index"))
+    corpus = _corpus(recipe, steps.finished(plan["index"], output))
     source = resolve_model(recipe.model)
     model = size_of(load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code), recipe.model.dtype)
     copied = model.weight_bytes if source.kind == "gguf" else 0
     found = [
-        Cost("index", "index" in done, corpus.documents, 0, 0.0, _PROCESS, 0),
-        Cost("model", "model" in done, 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
-        *_dictionary_costs(recipe, corpus, model, done),
-        *_model_costs(recipe, corpus, model, done),
+        Cost("index", corpus.documents, 0, 0.0, _PROCESS, 0),
+        Cost("model", 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
+        *_dictionary_costs(recipe, corpus, model),
+        *_model_costs(recipe, corpus, model),
     ]
-    return sorted(found, key=lambda cost: list(plan).index(cost.step))
+    of_step = {cost.step: cost for cost in found}
+    return [
+        replace(of_step[step.name], step=label, done=steps.finished(step, output) is not None) for label, step in plan.items()
+    ]
 
 
 def check_resources(recipe: Recipe) -> None:
@@ -89,7 +90,11 @@ def check_resources(recipe: Recipe) -> None:
     """
     left = [cost for cost in costs(recipe) if not cost.done]
     sharded = recipe.compute.runner == "ray" and recipe.distill.zero_stage > 0
-    if sharded and any(cost.step == "distill" for cost in left) and importlib.util.find_spec("deepspeed") is None:
+    if (
+        sharded
+        and any(step_and_domain(cost.step)[0] == "distill" for cost in left)
+        and importlib.util.find_spec("deepspeed") is None
+    ):
         raise ResourceError(
             "distill.zero_stage 1 to 3 needs DeepSpeed under the ray runner: pip install 'finescope[deepspeed]', or set it to 0"
         )
@@ -158,7 +163,7 @@ def _corpus(recipe: Recipe, index: Manifest | None) -> Corpus:
     return Corpus(min(documents, recipe.corpus.limit or documents), text / max(documents, 1))
 
 
-def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) -> list[Cost]:
+def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     """`sae`, `embed`, `score`, `curate`: what goes over the corpus with the first blocks and the dictionary."""
     sae, embed = recipe.sae, recipe.embed
     coordinates = model.d_model if sae.coordinates.method == "all" else min(sae.coordinates.count, model.d_model)
@@ -180,7 +185,6 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
         # Weights, their gradient and two moments of Adam's, fp32; the activations of a step.
         Cost(
             "sae",
-            "sae" in done,
             0,
             trained,
             sae_flops,
@@ -190,19 +194,18 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str
         ),
         Cost(
             "embed",
-            "embed" in done,
             corpus.documents,
             tokens,
             tokens * (2.0 * blocks + dictionary),
             _PROCESS + weights + 4 * dictionary + 8 * embed.batch_tokens * sae.num_latents,
             corpus.documents * row,
         ),
-        Cost("score", "score" in done, corpus.documents, 0, 0.0, _PROCESS, corpus.documents * _ROW_BYTES),
-        Cost("curate", "curate" in done, curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes)),
+        Cost("score", corpus.documents, 0, 0.0, _PROCESS, corpus.documents * _ROW_BYTES),
+        Cost("curate", curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes)),
     ]
 
 
-def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) -> list[Cost]:
+def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     """`prune`, `distill`, `evaluate`, `report`: what runs the whole model over few documents."""
     prune, distill, evaluate = recipe.prune, recipe.distill, recipe.evaluate
     curated = _curated(recipe, corpus)
@@ -224,7 +227,6 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) ->
     return [
         Cost(
             "prune",
-            "prune" in done,
             min(prune.documents, curated),
             calibrated,
             prune_flops,
@@ -234,7 +236,6 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) ->
         # Two checkpoints are kept; an adapter's are small beside the students.
         Cost(
             "distill",
-            "distill" in done,
             curated,
             rewritten + trained,
             distill_flops,
@@ -243,14 +244,13 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size, done: set[str]) ->
         ),
         Cost(
             "evaluate",
-            "evaluate" in done,
             2 * evaluate.documents,
             sets,
             2.0 * full * sets,
             _PROCESS + model.weight_bytes + head,
             0,
         ),
-        Cost("report", "report" in done, 0, 0, 0.0, _PROCESS // 4, 1_000_000),
+        Cost("report", 0, 0, 0.0, _PROCESS // 4, 1_000_000),
     ]
 
 

@@ -16,12 +16,12 @@ from rich.text import Text
 
 from finescope import storage
 from finescope.analysis import origins, summaries
-from finescope.analysis.digest import digest
+from finescope.analysis.digest import Summaries, digest
 from finescope.analysis.frames import frames_of, manifests_of, tables_of
 from finescope.analysis.table import closing_grid
 from finescope.config import STEPS, ModelSection
 from finescope.errors import ModelError, UserError
-from finescope.manifest import Manifest, StepState, require_run
+from finescope.manifest import Manifest, StepState, domains_of, label_of, of_domain, require_run, step_and_domain
 
 _HEAD_ROWS = 10
 _CELL_CHARACTERS = 60
@@ -36,7 +36,7 @@ def show_status(run: str, as_json: bool) -> None:
         UserError: there is no run.
     """
     record, done = require_run(run), manifests_of(run)
-    steps = {name: _status(record.steps.get(name), done.get(name)) for name in STEPS}
+    steps = {label: _status(record.steps.get(label), done.get(label)) for label in _labels(record.steps)}
     if as_json:
         _json({"run": run, "finescope": record.finescope, "steps": steps})
         return
@@ -60,7 +60,7 @@ def show_tables(run: str, table: str | None, as_json: bool) -> None:
             for name, steps in tables.items()
             for step in steps
         ]
-        found = digest(manifests)
+        found = _digest(manifests)
         if as_json:
             _json({"run": run, "tables": rows, "summaries": _records(found)})
             return
@@ -68,7 +68,7 @@ def show_tables(run: str, table: str | None, as_json: bool) -> None:
     else:
         if table not in tables:
             raise UserError(f"the run at '{run}' has no table '{table}'; its tables: {', '.join(tables) or 'none'}")
-        frame, found = frames_of(manifests, table), digest(manifests, table)
+        frame, found = frames_of(manifests, table), _digest(manifests, table)
         head, rows_in_all = frame.head(_HEAD_ROWS).collect(), sum(manifests[step].tables[table].rows for step in tables[table])
         if as_json:
             columns = {name: str(kind) for name, kind in head.schema.items()}
@@ -80,8 +80,8 @@ def show_tables(run: str, table: str | None, as_json: bool) -> None:
         _frame(title, summary)
 
 
-def write_report(run: str) -> str:
-    """Write the report of a run again, with what is done by now; returns its path.
+def write_report(run: str) -> list[str]:
+    """Write the report of each domain of a run again, with what is done by now; returns their paths.
 
     Raises:
         UserError: there is no run, or none of its steps is done.
@@ -89,12 +89,16 @@ def write_report(run: str) -> str:
     from finescope.analysis import report
 
     output = storage.absolute(run)
-    state, manifests = require_run(run).steps.get("report"), manifests_of(run)
+    states, manifests = require_run(run).steps, manifests_of(run)
     if not manifests:
         raise UserError(f"the run at '{run}' has no step that is done, so that there is nothing to report")
-    uri = storage.join(output, state.path if state else "report", report.REPORT)
-    report.write_report(output, manifests, uri)
-    return uri
+    written = []
+    for domain in domains_of(states) or [""]:
+        label = label_of("report", domain)
+        uri = storage.join(output, states[label].path if label in states else label, report.REPORT)
+        report.write_report(output, of_domain(manifests, domain), uri)
+        written.append(uri)
+    return written
 
 
 def show_model(model: str, as_json: bool) -> None:
@@ -137,6 +141,29 @@ def closing_table(manifests: Mapping[str, Manifest]) -> None:
         from finescope.analysis.report import REPORT
 
         sys.stdout.write(f"report: {storage.join(manifests['report'].uri, REPORT)}\n")
+
+
+def _labels(begun: Mapping[str, StepState]) -> list[str]:
+    """All steps of a run: those that are shared, and the others for each domain of which one was begun."""
+    domains = domains_of(begun)
+    own = {step for step, domain in map(step_and_domain, begun) if domain}
+    first = min((STEPS.index(step) for step in own), default=len(STEPS))
+    shared = [step for number, step in enumerate(STEPS) if number < first or step in begun]
+    return shared + [label_of(step, domain) for step in STEPS[first:] for domain in domains]
+
+
+def _digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summaries:
+    """The summaries of a run; in a run of several domains those of each one's own tables, with its name in the title."""
+    domains = domains_of(manifests)
+    if not domains:
+        return digest(manifests, table)
+    found = digest(of_domain(manifests, ""), table)
+    for domain in domains:
+        own = {name for label in manifests if step_and_domain(label)[1] == domain for name in manifests[label].tables}
+        for name in sorted(own if table is None else own & {table}):
+            of_table = digest(of_domain(manifests, domain), name)
+            found |= {f"{title} ({domain})": frame for title, frame in of_table.items()}
+    return found
 
 
 def _status(state: StepState | None, manifest: Manifest | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from finescope.manifest import (
     StepState,
     Table,
     TableFile,
+    label_of,
     mark,
     now,
     read_claim,
@@ -60,6 +61,12 @@ class Step:
     section: Mapping[str, Any]
     inputs: tuple["Step", ...] = ()
     version: int = 1
+    domain: str = ""  # of a run of several: which one. The same work under another domain's name has the same identity.
+
+    @property
+    def label(self) -> str:
+        """What it is called in the run: the name, or NAME-DOMAIN."""
+        return label_of(self.name, self.domain)
 
     @property
     def identity(self) -> str:
@@ -72,13 +79,23 @@ def locate(step: Step, output: str) -> tuple[str, bool]:
     """The name of a step's directory in `output`, and whether this identity has claimed it already.
 
     The plain name goes to the first identity that asks; a changed recipe gets a name with its identity beside it, so
-    that nothing that was dear to compute is overwritten.
+    that nothing that was dear to compute is overwritten. What the run did under another label, such as `prune` before it
+    had a second domain and `prune-math` since, is taken from there.
     """
-    for name in (step.name, f"{step.name}-{step.identity[:8]}"):
+    free: str | None = None
+    for name in (step.label, f"{step.label}-{step.identity[:8]}"):
         claim = read_claim(storage.join(output, name))
-        if claim is None or claim.identity == step.identity:
-            return name, claim is not None
-    raise AssertionError(f"two identities begin with {step.identity[:8]}")
+        if claim is not None and claim.identity == step.identity:
+            return name, True
+        if claim is None:
+            free = name
+            break
+    assert free is not None, f"two identities begin with {step.identity[:8]}"
+    for state in read_run(output).steps.values():
+        claim = read_claim(storage.join(output, state.path)) if state.identity == step.identity else None
+        if claim is not None and claim.identity == step.identity:
+            return state.path, True
+    return free, False
 
 
 def finished(step: Step, output: str) -> Manifest | None:
@@ -110,7 +127,7 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
     state = StepState(
         state="running", path=name, identity=step.identity, started=started, host=socket.gethostname(), pid=os.getpid()
     )
-    mark(output, step.name, state)
+    mark(output, step.label, state)
     inputs = {item.name: _required(item, output) for item in step.inputs}
     try:
         outcome = function(StepInput(uri, step.identity, inputs))
@@ -119,12 +136,13 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         # On a full disk not even this can be written; what failed first is what a person must know.
         with contextlib.suppress(OSError):
-            mark(output, step.name, state.model_copy(update={"state": "failed", "finished": now(), "error": reason}))
+            mark(output, step.label, state.model_copy(update={"state": "failed", "finished": now(), "error": reason}))
         raise
     # Workers that were lost meanwhile, and done again, left theirs.
     storage.delete_temporaries(uri)
     manifest = Manifest(
         step=step.name,
+        domain=step.domain,
         version=step.version,
         identity=step.identity,
         uri=uri,
@@ -142,33 +160,33 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
         seconds=round(time.monotonic() - clock, 3),
     )
     write_manifest(manifest)
-    mark(output, step.name, state.model_copy(update={"state": "done", "finished": manifest.finished}))
+    mark(output, step.label, state.model_copy(update={"state": "done", "finished": manifest.finished}))
     return manifest
 
 
 def _required(step: Step, output: str) -> Manifest:
     manifest = finished(step, output)
-    assert manifest is not None, f"input '{step.name}' is not done"
+    assert manifest is not None, f"input '{step.label}' is not done"
     return manifest
 
 
 def point_at(step: Step, output: str, done: Manifest) -> None:
     """Let `run.json` name the directory of this identity where it names another or lost the last write."""
-    known = read_run(output).steps.get(step.name)
+    known = read_run(output).steps.get(step.label)
     name = locate(step, output)[0]
     if known is None or known.state != "done" or known.path != name:
         state = StepState(state="done", path=name, identity=step.identity, started=done.started, finished=done.finished)
-        mark(output, step.name, state)
+        mark(output, step.label, state)
 
 
 def _refuse_second_driver(step: Step, output: str) -> None:
-    known = read_run(output).steps.get(step.name)
+    known = read_run(output).steps.get(step.label)
     if known is not None and known.alive and known.pid != os.getpid():
-        raise UserError(f"process {known.pid} is at work on step '{step.name}' of '{output}'; let it end, or end it")
+        raise UserError(f"process {known.pid} is at work on step '{step.label}' of '{output}'; let it end, or end it")
 
 
 def _check_counts(step: Step, outcome: Outcome) -> None:
     if outcome.rows_in != outcome.rows_out + outcome.rejects:
         raise StepFailed(
-            f"step '{step.name}' lost count: {outcome.rows_in} rows in, {outcome.rows_out} out, {outcome.rejects} rejected"
+            f"step '{step.label}' lost count: {outcome.rows_in} rows in, {outcome.rows_out} out, {outcome.rejects} rejected"
         )

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from finescope import storage
-from finescope.config import CorpusSection, SeedsSection
+from finescope.config import CorpusSection
+from finescope.config_seeds import SeedFile
 from finescope.corpus import rejects
 from finescope.corpus.chat import BadMessages, render_messages
 from finescope.corpus.checks import ROW, replace_bad_utf8
@@ -96,7 +97,7 @@ def read_selected(
     return table.append_column("text", pa.array(texts, pa.string()))
 
 
-def read_seeds(section: SeedsSection, corpus: CorpusSection, tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
+def read_seeds(seeds: SeedFile, corpus: CorpusSection, tokenizer: "PreTrainedTokenizerBase | None") -> list[str]:
     """The seeds' texts, by the corpus's template; a row without its columns that has `text` is taken as it is.
 
     Args:
@@ -106,7 +107,7 @@ def read_seeds(section: SeedsSection, corpus: CorpusSection, tokenizer: "PreTrai
         CorpusError: no file, no row, or a row that is not a seed; the message names file and line.
     """
     texts: list[str] = []
-    files = resolve_paths((section.path,), "jsonl", "seeds.path")
+    files = resolve_paths((seeds.path,), "jsonl", seeds.key)
     for file in files:
         try:
             lines = list(iterate_lines(file.info.path, file.compression))
@@ -122,7 +123,7 @@ def read_seeds(section: SeedsSection, corpus: CorpusSection, tokenizer: "PreTrai
                 raise CorpusError(f"{place}: not a JSON object in UTF-8: {error}") from error
             texts.append(_text(row, corpus, tokenizer, place))
     if not texts:
-        raise CorpusError(f"seeds.path: '{section.path}' holds no seed")
+        raise CorpusError(f"{seeds.key}: '{seeds.path}' holds no seed")
     return texts
 
 

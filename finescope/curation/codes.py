@@ -1,6 +1,8 @@
 """Pooled document codes as sparse rows, and the corpus statistics that scoring weighs them with."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,13 @@ class Codes:
     values: np.ndarray  # float32 [entries], not negative
     num_latents: int
 
+    @classmethod
+    def concatenated(cls, parts: Sequence["Codes"]) -> "Codes":
+        """The rows of all parts, at least one, in order."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        ids, values = np.concatenate([part.ids for part in parts]), np.concatenate([part.values for part in parts])
+        return cls(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ids, values, parts[0].num_latents)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -22,6 +31,13 @@ class Codes:
         """Latent ids and values of one code."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[span], self.values[span]
+
+    def slices(self, rows: int) -> Iterator["Codes"]:
+        """The codes in order, `rows` at a time, so that what is made of them has a bounded size."""
+        for start in range(0, len(self), rows):
+            offsets = self.offsets[start : start + rows + 1]
+            span = slice(offsets[0], offsets[-1])
+            yield Codes(offsets - offsets[0], self.ids[span], self.values[span], self.num_latents)
 
     def with_values(self, values: np.ndarray) -> "Codes":
         """The same latents with other values."""
@@ -72,6 +88,21 @@ class CorpusStatistics:
         roots = np.bincount(codes.ids, weights=np.sqrt(shares), minlength=codes.num_latents)
         sums = np.bincount(codes.ids, weights=shares, minlength=codes.num_latents)
         return cls(len(codes), roots, sums, np.bincount(codes.ids[codes.values > 0], minlength=codes.num_latents))
+
+    def row(self) -> dict[str, Any]:
+        """The sums as a row of a table, which is how they travel."""
+        return {
+            "documents": self.documents,
+            "sqrt_sum": self.sqrt_sum.tolist(),
+            "share_sum": self.share_sum.tolist(),
+            "active": self.active.tolist(),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "CorpusStatistics":
+        """What `row` gave."""
+        sums = np.array(row["sqrt_sum"]), np.array(row["share_sum"])
+        return cls(row["documents"], *sums, np.array(row["active"], np.int64))
 
     def __add__(self, other: "CorpusStatistics") -> "CorpusStatistics":
         return CorpusStatistics(

@@ -1,12 +1,13 @@
 """Score documents by their codes' likeness to the seeds' (paper, section on domain-specific data curation).
 
-The paper's score is s(x) = max over seeds t of cos(z(x), z(t)): `similarity: max, weighting: none`. The weightings
-change the vectors that the cosine compares:
+The paper's score is s(x) = max over seeds t of cos(z(x), z(t)): `similarity: max, weighting: none`. The similarity says how
+the cosines c_t of the S seeds become one number: `max`, `mean`, or `softmax`, T log(mean over t of exp(c_t / T)), which is the
+one for a temperature T near zero and the other for a large one. The weightings change the vectors that are compared:
 
 * `idf`: z_j * log((1 + N) / (1 + n_j)), n_j the documents of the corpus in which latent j is active;
 * `centred`: sqrt(z / sum z) less its mean over the corpus. A latent that fires on everything then says nothing;
-* `contrast`: a regularised linear discriminant, seeds against the corpus background: the score is the projection of
-  the centred code on the seeds' centred mean, each latent divided by its variance over the corpus plus a ridge.
+* `contrast`: a logistic regression (`curation/contrast.py`) on the same vectors, seeds against a sample of the corpus. The score
+  is the cosine of its weights with the document; there is one direction for all seeds, so that the similarity has no say.
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ import numpy as np
 import pyarrow as pa
 
 from finescope.curation.codes import Codes, CorpusStatistics, normalise
+from finescope.curation.contrast import fit_contrast
 
+Similarity = Literal["max", "mean", "softmax"]
 Weighting = Literal["none", "idf", "centred", "contrast"]
 # Latents named as the reason of a score.
 TOP_LATENTS = 8
-# Ridge of `contrast`, as a share of the mean variance of a latent.
-_RIDGE = 1.0
 # Roots of codes have unit norm in float32: a difference of two below it is rounding.
 _ROUNDING = 1e-6
+# Documents at a time: with 10 seeds and 128 latents each, some 100 MB of intermediate values, however large a shard is.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,42 +35,53 @@ class Scored:
 
     score: np.ndarray  # float32 [N]
     seed: np.ndarray  # int32 [N], the nearest seed
-    top_latents: pa.Array  # list<int32> [N], the latents that add most to the likeness to that seed, best first
+    top_latents: pa.Array  # list<int32> [N], shared with that seed: those that add most to the score, best first
 
 
 class Scorer:
     """The seeds' side of the score, made once; then called with any number of documents' codes."""
 
     def __init__(
-        self, seeds: Codes, statistics: CorpusStatistics, similarity: Literal["max", "mean"], weighting: Weighting
+        self,
+        seeds: Codes,
+        statistics: CorpusStatistics,
+        similarity: Similarity,
+        weighting: Weighting,
+        temperature: float,
+        background: Codes | None,
     ) -> None:
+        """`background`: codes of a sample of the corpus, for `contrast`."""
         assert len(seeds) > 0
-        self._similarity = similarity
-        self._weighting: Weighting = weighting
+        self._similarity, self._weighting, self._temperature = similarity, weighting, temperature
         count = max(statistics.documents, 1)
-        self._mean = statistics.sqrt_sum / count
+        self._mean = statistics.sqrt_sum / count if weighting in ("centred", "contrast") else None
         self._idf = np.log((1 + count) / (1 + statistics.active)).astype(np.float32)
-        variance = np.maximum(statistics.share_sum / count - self._mean**2, 0.0)
-        self._precision = 1.0 / (variance + _RIDGE * max(float(variance.mean()), 1e-12))
-        dense = self._transform(seeds).dense().astype(np.float64)
-        if weighting in ("centred", "contrast"):
-            dense -= self._mean
+        vectors = self._vectors(seeds)  # [S, num_latents]
+        self._directions = _units(vectors).T  # [num_latents, S]
+        self._weights: np.ndarray | None = None  # [num_latents], the one direction of `contrast`
         if weighting == "contrast":
-            dense = dense.mean(axis=0, keepdims=True)
-        if weighting in ("centred", "contrast"):
-            # Where seeds are the corpus's mean there is no direction; what float32 leaves of one would become a reason.
-            dense[np.abs(dense) < _ROUNDING] = 0.0
-        if weighting == "contrast":
-            dense *= self._precision
-        norms = np.linalg.norm(dense, axis=1, keepdims=True)
-        self._directions = np.divide(dense, norms, out=np.zeros_like(dense), where=norms > 0).T  # [num_latents, S]
-        self._seed_roots = self._transform(seeds).dense().astype(np.float64)  # for the nearest seed under `contrast`
+            assert background is not None
+            weights = fit_contrast(_units(vectors), _units(self._vectors(background)))
+            weights[np.abs(weights) < _ROUNDING] = 0.0
+            self._weights = _units(weights[None])[0]
 
     def __call__(self, codes: Codes) -> Scored:
         """Scores, nearest seeds and reasons of `codes`."""
-        cosines = self._cosines(codes)  # [N, S]
-        nearest = self._nearest(codes, cosines)
-        score = cosines.max(axis=1) if self._similarity == "max" else cosines.mean(axis=1)
+        parts = [self._score(part) for part in codes.slices(_ROWS)] or [self._score(codes)]
+        reasons = pa.concat_arrays([part.top_latents for part in parts])
+        return Scored(np.concatenate([p.score for p in parts]), np.concatenate([p.seed for p in parts]), reasons)
+
+    def _score(self, codes: Codes) -> Scored:
+        cosines = self._cosines(codes, self._directions)  # [N, S]
+        nearest = cosines.argmax(axis=1)
+        if self._weights is not None:
+            score = self._cosines(codes, self._weights[:, None])[:, 0]
+        elif self._similarity == "max":
+            score = cosines.max(axis=1)
+        elif self._similarity == "mean":
+            score = cosines.mean(axis=1)
+        else:
+            score = _softmax(cosines, self._temperature)
         return Scored(score.astype(np.float32), nearest.astype(np.int32), self._reasons(codes, nearest))
 
     def _transform(self, codes: Codes) -> Codes:
@@ -78,15 +92,24 @@ class Scorer:
         shares = normalise(codes)
         return shares.with_values(np.sqrt(shares.values))
 
-    def _cosines(self, codes: Codes) -> np.ndarray:
-        """cos(x, t) for each document and direction, from the sparse entries alone; float64 [N, S]."""
+    def _vectors(self, codes: Codes) -> np.ndarray:
+        """What is compared, dense, for few codes; float64 [N, num_latents]."""
+        dense = self._transform(codes).dense().astype(np.float64)
+        if self._mean is not None:
+            dense -= self._mean
+            # Where a code is the corpus's mean there is no direction; what float32 leaves of one would become a reason.
+            dense[np.abs(dense) < _ROUNDING] = 0.0
+        return dense
+
+    def _cosines(self, codes: Codes, directions: np.ndarray) -> np.ndarray:
+        """cos(x, t) for each document and unit vector of `directions` [num_latents, S], from the sparse entries; [N, S]."""
         transformed = self._transform(codes)
         values = transformed.values.astype(np.float64)
-        dots = transformed.sum_rows(self._directions[codes.ids] * values[:, None])
+        dots = transformed.sum_rows(directions[codes.ids] * values[:, None])
         squares = transformed.sum_rows(values**2)
-        if self._weighting in ("centred", "contrast"):
+        if self._mean is not None:
             # (x - m).t = x.t - m.t and |x - m|^2 = |x|^2 - 2 x.m + |m|^2: the dense mean never meets a document.
-            dots -= self._mean @ self._directions
+            dots -= self._mean @ directions
             squares += self._mean @ self._mean - 2 * transformed.sum_rows(values * self._mean[codes.ids])
         norms = np.sqrt(np.maximum(squares, 0.0))[:, None]
         empty = np.diff(codes.offsets) == 0
@@ -94,21 +117,29 @@ class Scorer:
         cosines[empty] = -1.0  # a document with no active latent resembles nothing
         return cosines
 
-    def _nearest(self, codes: Codes, cosines: np.ndarray) -> np.ndarray:
-        if self._weighting != "contrast":
-            return cosines.argmax(axis=1)
-        roots = self._transform(codes)
-        entries = self._seed_roots.T[codes.ids] * roots.values[:, None]
-        return roots.sum_rows(entries).argmax(axis=1)
-
     def _reasons(self, codes: Codes, nearest: np.ndarray) -> pa.Array:
-        """The latents with the largest contributions to the dot product with the nearest seed."""
+        """Of the latents that a document and its nearest seed have in common, those with the largest part in the score."""
         owner = np.repeat(np.arange(len(codes)), np.diff(codes.offsets))
-        direction = nearest[owner] if self._directions.shape[1] > 1 else 0  # `contrast` has one for all seeds
-        gains = self._transform(codes).values * self._directions[codes.ids, direction]
+        gains = self._directions[codes.ids, nearest[owner]]
+        if self._weights is not None:
+            # A direction is positive only where the seed has the latent, and more of it than the corpus.
+            gains = np.where(gains > 0, self._weights[codes.ids], 0.0)
+        gains = self._transform(codes).values * gains
         order = np.lexsort((codes.ids, -gains, owner))
         place = np.arange(len(order)) - codes.offsets[owner]
         kept = (place < TOP_LATENTS) & (gains[order] > 0)
         counts = np.bincount(owner[kept], minlength=len(codes))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes.ids[order][kept].astype(np.int32)))
+
+
+def _units(vectors: np.ndarray) -> np.ndarray:
+    """Rows at unit length; a row of zeros stays one."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
+def _softmax(cosines: np.ndarray, temperature: float) -> np.ndarray:
+    """T log(mean exp(c / T)) over the last axis, with the largest taken out, so that nothing overflows."""
+    largest = cosines.max(axis=1, keepdims=True)
+    return largest[:, 0] + temperature * np.log(np.exp((cosines - largest) / temperature).mean(axis=1))

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from finescope import schemas
-from finescope.config import CorpusSection, EvaluateSection, SeedsSection
+from finescope.config import CorpusSection, EvaluateSection
+from finescope.config_seeds import SeedFile
 from finescope.corpus.documents import read_seeds, read_texts
 from finescope.corpus.tokenise import tokenise
 from finescope.evaluation.perplexity import perplexity_of_documents
@@ -30,7 +31,7 @@ class _Job:
     section: EvaluateSection
 
 
-def evaluate(context: Context, corpus: CorpusSection, seeds: SeedsSection, section: EvaluateSection, step: StepInput) -> Outcome:
+def evaluate(context: Context, corpus: CorpusSection, seeds: SeedFile, section: EvaluateSection, step: StepInput) -> Outcome:
     """Measure every model of the run on the same tokens. Rows are those of `metrics`."""
     base = model_of(step["model"])
     sets = {
@@ -52,7 +53,7 @@ def evaluate(context: Context, corpus: CorpusSection, seeds: SeedsSection, secti
     facts = {
         "models": models,
         "documents": {name: len(texts) for name, texts in sets.items()},
-        "target_source": "files" if section.target else "seeds",
+        "target_source": "files" if section.target_of(seeds.domain) else "seeds",
         "general_source": "files" if section.general else "random",
     }
     return Outcome(len(rows), len(rows), 0, {"metrics": write_table(step.uri, "metrics", table)}, facts)
@@ -65,10 +66,10 @@ def _models(step: StepInput, base: ModelReference) -> dict[str, ModelReference]:
     return {"base": base, **{name: ModelReference.model_validate(fact["reference"]) for name, fact in facts.items()}}
 
 
-def _target(corpus: CorpusSection, seeds: SeedsSection, section: EvaluateSection, base: ModelReference) -> tuple[str, ...]:
+def _target(corpus: CorpusSection, seeds: SeedFile, section: EvaluateSection, base: ModelReference) -> tuple[str, ...]:
     tokenizer = load_tokenizer(base)
-    if section.target:
-        return tuple(read_texts(section.target, corpus, tokenizer))
+    if target := section.target_of(seeds.domain):
+        return tuple(read_texts(target, corpus, tokenizer))
     return tuple(read_seeds(seeds, corpus, tokenizer))
 
 

@@ -1,8 +1,11 @@
 """The small inputs of late steps, read once before the dear ones: a wrong seed must not cost a night."""
 
-from collections.abc import Set
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from finescope.config import Recipe
+from finescope.config_seeds import SeedFile
 from finescope.corpus.documents import read_seeds, read_strings, read_texts
 from finescope.corpus.tokenise import tokenise
 from finescope.errors import CorpusError
@@ -10,12 +13,13 @@ from finescope.manifest import Manifest
 from finescope.models.anatomy import FAMILIES, require_prunable
 from finescope.models.load import load_tokenizer
 from finescope.stages.references import model_of
+from finescope.steps import Step
 
 # The first position is no part of a code (an attention sink), so that a text of one token has none.
 _LEAST_TOKENS = 2
 
 
-def check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:
+def check_inputs(recipe: Recipe, model: Manifest, left: Sequence[Step]) -> None:
     """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do; see that it can be pruned.
 
     Raises:
@@ -23,20 +27,24 @@ def check_inputs(recipe: Recipe, model: Manifest, left: Set[str]) -> None:
         CorpusError: one of them is missing, empty or cannot be read; the message names file and line, or the seed.
     """
     reference = model_of(model)
-    if "prune" in left:
+    steps = {step.name for step in left}
+    if "prune" in steps:
         require_prunable(FAMILIES[reference.model_type])
     tokenizer = load_tokenizer(reference)
-    if "score" in left:
-        seeds = read_seeds(recipe.seeds, recipe.corpus, tokenizer)
-        for number, tokens in enumerate(tokenise(tokenizer, seeds, recipe.embed.max_tokens), start=1):
-            if len(tokens) < _LEAST_TOKENS:
-                found = f"{len(tokens)} token" if len(tokens) == 1 else f"{len(tokens)} tokens"
-                raise CorpusError(
-                    f"seeds.path: {recipe.seeds.path}: seed {number} has {found}; at least {_LEAST_TOKENS} were expected"
-                )
-    if "curate" in left and recipe.curate.decontaminate:
+    for seeds in recipe.seeds.files:
+        if ("score", seeds.domain) in {(step.name, step.domain) for step in left}:
+            _check_seeds(seeds, recipe, tokenizer)
+    if "curate" in steps and recipe.curate.decontaminate:
         read_strings(recipe.curate.decontaminate)
-    if "evaluate" in left:
-        for paths in (recipe.evaluate.target, recipe.evaluate.general):
-            if paths:
-                read_texts(paths, recipe.corpus, tokenizer)
+    held_out = {recipe.evaluate.target_of(step.domain) for step in left if step.name == "evaluate"}
+    for paths in sorted({*held_out, recipe.evaluate.general}) if held_out else ():
+        if paths:
+            read_texts(paths, recipe.corpus, tokenizer)
+
+
+def _check_seeds(seeds: SeedFile, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = read_seeds(seeds, recipe.corpus, tokenizer)
+    for number, tokens in enumerate(tokenise(tokenizer, texts, recipe.embed.max_tokens), start=1):
+        if len(tokens) < _LEAST_TOKENS:
+            found = f"{len(tokens)} token" if len(tokens) == 1 else f"{len(tokens)} tokens"
+            raise CorpusError(f"{seeds.key}: {seeds.path}: seed {number} has {found}; at least {_LEAST_TOKENS} were expected")

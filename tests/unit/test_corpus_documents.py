@@ -7,7 +7,7 @@ from corpus_files import bad_strings, jsonl, parquet, read_all, reasons, section
 from tokenizers import normalizers
 
 from finescope import schemas
-from finescope.config import SeedsSection
+from finescope.config_seeds import SeedFile
 from finescope.corpus.documents import read_documents, read_seeds, read_selected, read_strings, read_texts, text_hash_id
 from finescope.corpus.files import resolve
 from finescope.corpus.units import inspect_file
@@ -125,13 +125,13 @@ def test_selected_rows_do_not_carry_the_text_twice(tmp_path: Path) -> None:
 def test_seeds_by_template_or_as_they_are(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "s.jsonl", {"a": "x", "b": "y"}, b"", {"text": " z "}, {"a": "w"}, {"text": "v", "source": "s"})
     corpus = section("unused", text="{a}\n{b}")
-    assert read_seeds(SeedsSection(path=str(path)), corpus, None) == ["x\ny", "z", "w", "v"]
+    assert read_seeds(SeedFile(str(path)), corpus, None) == ["x\ny", "z", "w", "v"]
 
 
 def test_seeds_of_messages(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "s.jsonl", {"m": [{"role": "user", "content": "x"}]}, {"text": "x"})
     corpus = section("unused", messages="m")
-    assert read_seeds(SeedsSection(path=str(path)), corpus, word_tokenizer("x")) == ["<user> x", "x"]
+    assert read_seeds(SeedFile(str(path)), corpus, word_tokenizer("x")) == ["<user> x", "x"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_seeds_of_messages(tmp_path: Path) -> None:
 def test_bad_seeds_name_file_and_line(tmp_path: Path, lines: tuple[Any, ...], message: str) -> None:
     path = jsonl(tmp_path / "s.jsonl", *lines)
     with pytest.raises(CorpusError, match=rf"s\.jsonl'.*{message}"):
-        read_seeds(SeedsSection(path=str(path)), section("unused", text="q"), None)
+        read_seeds(SeedFile(str(path)), section("unused", text="q"), None)
 
 
 def test_seed_without_a_token_or_a_readable_file(tmp_path: Path) -> None:
@@ -157,13 +157,13 @@ def test_seed_without_a_token_or_a_readable_file(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
     path = jsonl(tmp_path / "s.jsonl", {"text": "?"})
     with pytest.raises(CorpusError, match="line 1: its text is empty"):
-        read_seeds(SeedsSection(path=str(path)), section("unused"), tokenizer)
+        read_seeds(SeedFile(str(path)), section("unused"), tokenizer)
     with pytest.raises(CorpusError, match=r"seeds\.path: no file matches"):
-        read_seeds(SeedsSection(path=str(tmp_path / "none.jsonl")), section("unused"), None)
+        read_seeds(SeedFile(str(tmp_path / "none.jsonl")), section("unused"), None)
     cut = jsonl(tmp_path / "s.jsonl.gz", {"text": "a"})
     cut.write_bytes(cut.read_bytes()[:-6])
     with pytest.raises(CorpusError, match="cannot be read"):
-        read_seeds(SeedsSection(path=str(cut)), section("unused"), None)
+        read_seeds(SeedFile(str(cut)), section("unused"), None)
 
 
 def test_held_out_texts_of_several_formats(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finescope.curation.codes import CorpusStatistics
-from finescope.curation.score import TOP_LATENTS, Scored, Scorer, Weighting
+from finescope.curation.contrast import fit_contrast
+from finescope.curation.score import TOP_LATENTS, Scored, Scorer, Similarity, Weighting
 
 WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "contrast")
+SIMILARITIES: tuple[Similarity, ...] = ("max", "mean", "softmax")
+TEMPERATURE = 0.2
 
 
 def roots(matrix: np.ndarray) -> np.ndarray:
@@ -30,12 +33,15 @@ def naive_vectors(matrix: np.ndarray, corpus: np.ndarray, weighting: Weighting) 
     return roots(matrix) - roots(corpus).mean(axis=0)
 
 
-def naive_directions(seeds: np.ndarray, corpus: np.ndarray, weighting: Weighting) -> np.ndarray:
-    vectors = naive_vectors(seeds, corpus, weighting)
-    if weighting == "contrast":
-        variance = roots(corpus).var(axis=0)
-        vectors = vectors.mean(axis=0, keepdims=True) / (variance + max(variance.mean(), 1e-12))
-    return vectors
+def units(vectors: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.where(norms > 1e-5, vectors / np.maximum(norms, 1e-5), 0.0)
+
+
+def naive_weights(seeds: np.ndarray, corpus: np.ndarray) -> np.ndarray:
+    """The direction of `contrast`, with the whole corpus as the background; [1, num_latents]."""
+    vectors = [units(naive_vectors(matrix, corpus, "contrast")) for matrix in (seeds, corpus)]
+    return units(fit_contrast(*vectors)[None])
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -44,15 +50,18 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def naive_cosines(documents: np.ndarray, seeds: np.ndarray, corpus: np.ndarray, weighting: Weighting) -> np.ndarray:
-    directions = naive_directions(seeds, corpus, weighting)
+    directions = naive_vectors(seeds, corpus, weighting)
     vectors = naive_vectors(documents, corpus, weighting)
     found = [[cosine(vector, direction) for direction in directions] for vector in vectors]
     return np.where(documents.any(axis=1)[:, None], np.array(found).reshape(len(documents), len(directions)), -1.0)
 
 
-def scored(documents: np.ndarray, seeds: np.ndarray, corpus: np.ndarray, weighting: Weighting, similarity: str = "max") -> Scored:
-    statistics = CorpusStatistics.of(codes_from(corpus))
-    return Scorer(codes_from(seeds), statistics, similarity, weighting)(codes_from(documents))  # pyright: ignore[reportArgumentType]
+def scored(
+    documents: np.ndarray, seeds: np.ndarray, corpus: np.ndarray, weighting: Weighting, similarity: Similarity = "max"
+) -> Scored:
+    codes = codes_from(corpus)
+    scorer = Scorer(codes_from(seeds), CorpusStatistics.of(codes), similarity, weighting, TEMPERATURE, codes)
+    return scorer(codes_from(documents))
 
 
 def naive_gains(document: np.ndarray, direction: np.ndarray, weighting: Weighting, corpus: np.ndarray) -> np.ndarray:
@@ -67,23 +76,31 @@ def nontrivial(vectors: np.ndarray) -> bool:
     return bool(np.all((norms == 0) | (norms > 1e-3)))
 
 
-@pytest.mark.parametrize("similarity", ["max", "mean"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_scores_are_the_naive_ones(weighting: Weighting, similarity: str, data: st.DataObject):
+def test_scores_are_the_naive_ones(weighting: Weighting, similarity: Similarity, data: st.DataObject):
     corpus = data.draw(matrices(1, 7)).astype(np.float64)
     seeds = data.draw(matrices(1, 4)).astype(np.float64)
     found = scored(corpus, seeds, corpus, weighting, similarity)
     assert (found.score.dtype, found.seed.dtype) == (np.float32, np.int32)
     assert np.isfinite(found.score).all()
-    if not nontrivial(naive_vectors(corpus, corpus, weighting)) or not nontrivial(naive_directions(seeds, corpus, weighting)):
+    vectors = naive_vectors(corpus, corpus, weighting)
+    if not nontrivial(vectors) or not nontrivial(naive_vectors(seeds, corpus, weighting)):
         return
     cosines = naive_cosines(corpus, seeds, corpus, weighting)
-    expected = cosines.max(axis=1) if similarity == "max" else cosines.mean(axis=1)
-    np.testing.assert_allclose(found.score, expected, atol=1e-5)
+    expected = {
+        "max": cosines.max(axis=1),
+        "mean": cosines.mean(axis=1),
+        "softmax": TEMPERATURE * np.log(np.exp(cosines / TEMPERATURE).mean(axis=1)),
+    }[similarity]
     if weighting == "contrast":
-        cosines = roots(corpus) @ roots(seeds).T
+        weights = naive_weights(seeds, corpus)
+        if not nontrivial(weights):
+            return
+        expected = np.where(corpus.any(axis=1), [cosine(vector, weights[0]) for vector in vectors], -1.0)
+    np.testing.assert_allclose(found.score, expected, atol=1e-5)
     np.testing.assert_allclose(cosines[np.arange(len(corpus)), found.seed], cosines.max(axis=1), atol=1e-5)
 
 
@@ -94,26 +111,28 @@ def test_top_latents_are_the_largest_contributions(weighting: Weighting, data: s
     corpus = data.draw(matrices(2, 6)).astype(np.float64)
     seeds = data.draw(matrices(1, 3)).astype(np.float64)
     found = scored(corpus, seeds, corpus, weighting)
-    directions = naive_directions(seeds, corpus, weighting)
+    directions = naive_vectors(seeds, corpus, weighting)
     if not nontrivial(directions):
         return
+    weights = naive_weights(seeds, corpus) if weighting == "contrast" else None
     for row, named in enumerate(found.top_latents.to_pylist()):
-        gains = naive_gains(corpus[row], directions[found.seed[row] if len(directions) > 1 else 0], weighting, corpus)
+        direction = directions[found.seed[row]]
+        assert np.all(seeds[found.seed[row]][named] > 0), "a reason is shared"
+        if weights is not None:
+            direction = np.where(direction > 1e-6, weights[0], 0.0)
+        gains = naive_gains(corpus[row], direction, weighting, corpus)
         if np.any((gains > 0) & (gains < 1e-6)):
             continue  # a product that is rounding alone may be named or not
         assert len(named) == len(set(named))
         assert gains[named] == pytest.approx(sorted(gains[gains > 0], reverse=True)[:TOP_LATENTS], rel=1e-4)
 
 
-def test_what_seeds_and_corpus_share_is_no_reason():
-    """Seeds and corpus differ in the second document only: latents 2 to 5 have the same means, in another order of summing."""
-    first, last = [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]
-    seeds = 0.25 * np.array([first, [0, 1, 1, 1, 1, 1], last], np.float64)
-    corpus = 0.25 * np.array([first, [1, 0, 1, 1, 1, 1], last], np.float64)
-    found = scored(corpus, seeds, corpus, "contrast")
-    assert found.top_latents.to_pylist() == [[], [], [1]]
-    same = scored(corpus, corpus[::-1], corpus, "contrast")
-    assert same.score.tolist() == [0.0] * 3
+def test_seeds_that_are_the_corpus_give_no_direction():
+    """The same four documents on both sides, summed in another order: what float32 leaves of a difference is no reason."""
+    corpus = 0.25 * np.array([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1], [0, 3, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], np.float64)
+    found = scored(corpus, corpus[::-1], corpus, "contrast")
+    assert found.score.tolist() == [0.0] * 4
+    assert found.top_latents.to_pylist() == [[]] * 4
 
 
 def test_the_papers_score_by_hand():
@@ -145,16 +164,55 @@ def test_centred_by_hand():
 
 
 def test_contrast_by_hand():
-    """Latent 0 differs much between documents, latent 1 not at all: by its precision, latent 1 of the seeds weighs more."""
-    corpus = np.array([[1.0, 1.0, 0, 0, 0, 0], [0, 1.0, 1.0, 0, 0, 0]])
-    mean, half = np.array([0.5**0.5 / 2, 0.5**0.5, 0.5**0.5 / 2]), 0.5**0.5
-    variance = np.array([1 / 8, 0, 1 / 8])
-    seed = np.array([half, half, 0]) - mean
-    direction = seed / (variance + (1 / 8 + 1 / 8) / NUM_LATENTS)
-    expected = [cosine(np.array([half, half, 0]) - mean, direction), cosine(np.array([0, half, half]) - mean, direction)]
-    found = scored(corpus, corpus[:1], corpus, "contrast")
-    assert found.score.tolist() == pytest.approx(expected)
-    assert expected[0] == pytest.approx(1.0)
+    """One seed at e, one background document at -e: by symmetry w = a e and no bias, where 2 / (1 + exp(a)) = 2 * 0.03 * a."""
+    direction = np.array([0.6, -0.8, 0.0])
+    weights = fit_contrast(direction[None], -direction[None])
+    a = float(weights @ direction)
+    np.testing.assert_allclose(weights, a * direction, atol=1e-12)
+    assert 1 / (1 + np.exp(a)) == pytest.approx(0.03 * a, abs=1e-9)
+
+
+def test_contrast_is_the_least_of_its_loss():
+    """The gradient of the loss in its docstring is zero there, for the bias that is best for these weights."""
+    random = np.random.default_rng(0)
+    seeds, background = units(random.normal(0.3, 1, (4, 12))), units(random.normal(0, 1, (300, 12)))
+    weights = fit_contrast(seeds, background)
+
+    def slopes(bias: float) -> tuple[np.ndarray, float]:
+        of_seeds = -1 / (1 + np.exp(seeds @ weights + bias)) / len(seeds)
+        of_background = 1 / (1 + np.exp(-(background @ weights + bias))) / len(background)
+        return of_seeds @ seeds + of_background @ background + 0.06 * weights, float(of_seeds.sum() + of_background.sum())
+
+    low, high = -20.0, 20.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slopes(middle)[1] < 0 else (low, middle)
+    assert np.abs(slopes(low)[0]).max() < 1e-8
+    assert np.linalg.norm(weights) > 0.5
+
+
+def test_softmax_lies_between_mean_and_max():
+    random = np.random.default_rng(1)
+    corpus, seeds = random.integers(0, 4, (30, NUM_LATENTS)).astype(float), random.integers(1, 4, (5, NUM_LATENTS)).astype(float)
+    codes = codes_from(corpus)
+
+    def at(temperature: float) -> np.ndarray:
+        return Scorer(codes_from(seeds), CorpusStatistics.of(codes), "softmax", "centred", temperature, None)(codes).score
+
+    mean, most = (scored(corpus, seeds, corpus, "centred", kind).score for kind in ("mean", "max"))
+    assert np.all((at(0.1) >= mean - 1e-6) & (at(0.1) <= most + 1e-6))
+    np.testing.assert_allclose(at(1e-4), most, atol=1e-3)
+    np.testing.assert_allclose(at(1e4), mean, atol=1e-3)
+
+
+def test_a_shard_of_any_size_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch):
+    corpus = np.random.default_rng(2).integers(0, 3, (23, NUM_LATENTS)).astype(float)
+    whole = scored(corpus, corpus[:3], corpus, "centred")
+    monkeypatch.setattr("finescope.curation.score._ROWS", 5)
+    parts = scored(corpus, corpus[:3], corpus, "centred")
+    assert parts.score.tolist() == whole.score.tolist()
+    assert parts.seed.tolist() == whole.seed.tolist()
+    assert parts.top_latents.equals(whole.top_latents)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

@@ -220,7 +220,7 @@ def test_what_moves_a_step_and_what_does_not(tmp_path: Path, monkeypatch: pytest
     assert changed("corpus.max_reject_rate=0.5") == [], "who puts up with more rejects goes on with what is done"
     assert changed("evaluate.documents=5") == ["evaluate", "report"]
     assert changed("curate.documents=5") == list(STEPS[STEPS.index("curate") :])
-    assert changed("score.similarity=mean") == list(STEPS[STEPS.index("score") :])
+    assert changed("score.similarity=max") == list(STEPS[STEPS.index("score") :])
     assert changed("sae.k=5") == list(STEPS[STEPS.index("sae") :])
     assert changed("sae.layer=5")[0] == "model"
     assert changed("corpus.limit=5") == [name for name in STEPS if name != "model"]
