@@ -79,7 +79,7 @@ class ScoreSection(Section):
 
     similarity: Literal["max", "mean", "softmax"] = Field(default="mean", description="over the seeds; max is the paper's")
     temperature: float = Field(
-        default=0.1, gt=0.0, description="of softmax, in units of the cosine: near zero it is max, far above one mean"
+        default=0.2, gt=0.0, description="of softmax, in units of the cosine: near zero it is max, far above one mean"
     )
     weighting: Literal["none", "idf", "centred", "contrast"] = Field(default="centred", description="none is the paper's")
 

@@ -113,4 +113,4 @@ def test_every_weighting_scores_the_same_documents(root: Path, weighting: str):
     path = status(output)["curate"]["path"]
     assert path.startswith("curate-"), "another identity beside the first"
     kinds = table(str(output), "curate", "curated").collect()["source"].to_list()
-    assert kinds.count("maths") > 18
+    assert kinds.count("maths") > 12, "a quarter of the corpus, so 6 of 24 by chance"
