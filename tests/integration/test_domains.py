@@ -57,7 +57,7 @@ def test_a_second_domain_starts_at_score_and_leaves_the_first_as_it_is(root: Pat
     assert {"prune-maths", "report-cooking"} <= steps.keys()
     assert "score" not in steps
     assert doc_ids(output, "curate") == doc_ids(root / "runs" / "one", "curate")
-    kinds = table(str(output), "curate-cooking", "curated").collect()["source"].to_list()
+    kinds = table(str(output), "curated", "curate-cooking").collect()["source"].to_list()
     assert kinds.count("cooking") > 20
     manifest = json.loads((output / "score-cooking" / "manifest.json").read_text())
     assert (manifest["step"], manifest["domain"]) == ("score", "cooking")
@@ -112,5 +112,5 @@ def test_every_weighting_scores_the_same_documents(root: Path, weighting: str):
     assert finescope("run", recipe, "--until", "curate").code == 0
     path = status(output)["curate"]["path"]
     assert path.startswith("curate-"), "another identity beside the first"
-    kinds = table(str(output), "curate", "curated").collect()["source"].to_list()
+    kinds = table(str(output), "curated", "curate").collect()["source"].to_list()
     assert kinds.count("maths") > 12, "a quarter of the corpus, so 6 of 24 by chance"
