@@ -22,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# Packages whose errors are neither OSError nor ours: no credentials, no such profile, no address.
+_STORE_CLIENTS = ("botocore", "google", "azure")
+
 RecipePath = Annotated[str, typer.Argument(help="recipe file (YAML)", metavar="RECIPE")]
 RunPath = Annotated[str, typer.Argument(help="a run's output: a directory or an fsspec URI", metavar="RUN")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated")]
@@ -192,6 +195,10 @@ def _errors(verbose: bool) -> Iterator[None]:
         raise SystemExit(130) from None
     except (OSError, RuntimeError, MemoryError) as error:
         _end(error, 1, verbose, "")
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
+            raise
+        _end(error, 2, verbose, "an object store's credentials and address come from the environment, as its own tools read them")
 
 
 def _hint(error: UserError) -> str:
