@@ -119,8 +119,8 @@ def test_what_is_not_a_run_is_exit_2(tmp_path: Path):
 
 
 def test_a_missing_extra_is_exit_2(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert "pip install 'finescope[s3]'" in refused("status", "s3://bucket/run")
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    assert "pip install 'finescope[azure]'" in refused("status", "abfs://container/run")
 
 
 def test_verbose_shows_the_traceback(tmp_path: Path):
@@ -199,5 +199,5 @@ def test_no_room_on_disk_is_exit_1_and_not_a_traceback(recipe: str, monkeypatch:
 
     monkeypatch.setattr(storage, "put_bytes", full)
     _, shown = call("run", recipe, code=1)
-    assert shown.splitlines()[-1] == "finescope: [Errno 28] No space left on device"
+    assert shown.splitlines()[-1] == "finescope: step 'index' failed: OSError: [Errno 28] No space left on device"
     assert "Traceback" not in shown
