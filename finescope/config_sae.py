@@ -61,7 +61,7 @@ class SaeSection(Section):
         default=256.0, gt=0.0, description="memory of the shuffle buffer; a checkpoint is kept each time it is used up"
     )
     epochs: int = Field(default=1, ge=1, description="passes over each filled shuffle buffer")
-    learning_rate: float = Field(default=2e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")
+    learning_rate: float = Field(default=3e-3, gt=0.0, description="Adam's, peak (paper: 1e-5)")
     warmup_share: Share = Field(default=0.05, description="of the training steps, in which the learning rate rises")
     decay_share: Share = Field(default=0.3, description="of the training steps, in which it falls to zero")
     workers: int = Field(default=1, ge=1, description="processes that train together, each on its share of a step's activations")

@@ -16,7 +16,7 @@ from finescope.sae.objective import Losses, Scratch, Weights, losses
 # The encoder starts as a share of the decoder's transpose: at 1 the k latents that win overlap and overshoot.
 _ENCODER_START = 0.3
 # Parts of a random direction to one of an activation: with fewer, some latents stay dead (docs/benchmarks.md).
-_RANDOM_PARTS = 3.0
+_RANDOM_PARTS = 4.0
 # Of jumprelu, in units of the pre-activations of standardised coordinates.
 _THRESHOLD_START = 0.5
 # Adam moves a threshold's logarithm by its rate a step at most: at the weights' rate it would take tens of thousands.
