@@ -106,7 +106,7 @@ class CurateSection(Section):
     duplicate_jaccard: float = Field(
         default=0.8, ge=0.3, le=1.0, description="near-duplicates are texts whose sets of shingles are so similar, or more"
     )
-    duplicate_shingle: int = Field(default=5, ge=1, description="words of a shingle")
+    duplicate_shingle: int = Field(default=5, ge=1, description="words and signs of a shingle")
     decontaminate: tuple[str, ...] = Field(default=(), description="evaluation sets; a 13-gram in common removes a document")
     diversity: float = Field(
         default=0.0,

@@ -5,6 +5,7 @@ Estimates, from sizes alone: a forward pass of one token costs two operations a 
 
 import importlib.util
 import json as json_
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -260,7 +261,7 @@ def _curated(recipe: Recipe, corpus: Corpus) -> int:
     if section.documents is not None:
         limits.append(section.documents)
     if section.share is not None:
-        limits.append(int(section.share * corpus.documents))
+        limits.append(math.floor(section.share * corpus.documents + 1e-9))
     if section.tokens is not None:
         limits.append(int(section.tokens / corpus.tokens(recipe.embed.max_tokens)))
     return min(limits)

@@ -13,6 +13,8 @@ from finescope.corpus.selection import Selection
 from finescope.errors import CorpusError
 
 ROW = "__row"
+# Beside it the names that `curate` gives to what it finds (`curation/examine.py`, `curation/staging.py`).
+_RESERVED = (ROW, "__position", "__unit", "__hash", "__sketch", "__item")
 
 
 def with_rows(rows: Sequence[int] | np.ndarray, columns: dict[str, Any]) -> pa.Table:
@@ -21,8 +23,9 @@ def with_rows(rows: Sequence[int] | np.ndarray, columns: dict[str, Any]) -> pa.T
     Raises:
         CorpusError: the corpus has a column of that reserved name.
     """
-    if ROW in columns:
-        raise CorpusError(f"the corpus has a column '{ROW}', a name that is reserved; rename it")
+    reserved = next((name for name in columns if name in _RESERVED), None)
+    if reserved is not None:
+        raise CorpusError(f"the corpus has a column '{reserved}', a name that is reserved; rename it")
     return pa.table({ROW: pa.array(rows, pa.int64()), **columns})
 
 

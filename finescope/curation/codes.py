@@ -54,7 +54,7 @@ class Codes:
         totals = np.zeros((len(self), *entries.shape[1:]), np.float64)
         filled = np.flatnonzero(np.diff(self.offsets))
         if len(filled):
-            totals[filled] = np.add.reduceat(entries.astype(np.float64), self.offsets[:-1][filled], axis=0)
+            totals[filled] = np.add.reduceat(entries.astype(np.float64, copy=False), self.offsets[:-1][filled], axis=0)
         return totals
 
 

@@ -1,18 +1,20 @@
 """What a document shares with evaluation sets."""
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 
-_WORD = re.compile(r"[^\W_]+")
+# With the marks that stand on letters: vowel signs, accents that are characters of their own.
+_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplication by it permutes the 64-bit integers
 
 
 def words(text: str) -> list[str]:
-    """The runs of letters and digits of a text, casefolded."""
-    return _WORD.findall(text.casefold())
+    """The runs of letters and digits of a text, casefolded, accents composed (NFC)."""
+    return _WORD.findall(unicodedata.normalize("NFC", text.casefold()))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pyarrow as pa
 from finescope.curation.decontaminate import NgramIndex
 from finescope.curation.near_duplicates import normalised_hash, sketches
 
-# Null where the recipe does not ask for it, and `item` where the document is clean.
-FINDINGS = pa.schema([("hash", pa.binary(16)), ("sketch", pa.binary()), ("item", pa.string())])
+# They stand beside the columns of the source, hence the names. Null where the recipe does not ask for it, and `__item` where the
+# document is clean.
+FINDINGS = pa.schema([("__hash", pa.binary(16)), ("__sketch", pa.binary()), ("__item", pa.string())])
 
 
 @dataclass(frozen=True)

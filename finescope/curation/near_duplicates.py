@@ -1,4 +1,4 @@
-"""Documents that are the same text, or nearly: sets of word n-grams (shingles) with a Jaccard similarity above a threshold.
+"""Documents that are the same text, or nearly: sets of n-grams of words and signs (shingles) whose Jaccard similarity is high.
 
 MinHash with locality-sensitive hashing (the library rensa) finds which documents may be alike; their texts then decide, by
 the exact Jaccard similarity. So none is removed that should stay; one in a hundred of those at the very threshold is missed.
@@ -6,13 +6,15 @@ the exact Jaccard similarity. So none is removed that should stay; one in a hund
 
 import hashlib
 import pickle
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import regex
 from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without stubs)
 
-from finescope.curation.decontaminate import words
-
+# Words, and every sign by itself: in mathematics and code a sign or an operator is all that differs.
+_TOKEN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*|[^\s\p{L}\p{N}]")
 # Slots of a sketch, and the seed of its hashes. Fixed: they decide which pairs are compared, not which are duplicates.
 _SLOTS, _SEED = 256, 1
 # Of pairs at the threshold, the share that must be compared.
@@ -27,8 +29,8 @@ def normalised_hash(text: str) -> bytes:
 
 
 def shingles(text: str, length: int) -> frozenset[str]:
-    """The runs of `length` words of a text; of a shorter text all its words as one; none where it has no word."""
-    found = words(text)
+    """The runs of `length` words and signs of a text, whatever the case; of a shorter text all of them as one; none of none."""
+    found = _TOKEN.findall(unicodedata.normalize("NFC", text.casefold()))
     if len(found) <= length:
         return frozenset([" ".join(found)] if found else [])
     return frozenset(" ".join(found[start : start + length]) for start in range(len(found) - length + 1))

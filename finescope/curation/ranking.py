@@ -65,13 +65,15 @@ class Ranking:
         """The `most` best rows, `COLUMNS`. The second pass."""
         enough = np.flatnonzero(np.cumsum(self.documents[::-1]) >= most)
         lowest = len(self.documents) - 1 - int(enough[0]) if len(enough) else 0
-        held = [pl.DataFrame(schemas.SCORES.empty_table().select(COLUMNS))]
+        held, rows = [pl.DataFrame(schemas.SCORES.empty_table().select(COLUMNS))], 0
         if most == 0:
             return held[0]
         for frame in _in_order(lambda path: _at_least(path, lowest, self.threshold), self.files):
             held.append(frame)
-            if sum(frame.height for frame in held) >= most + _ROWS_AT_A_TIME:
+            rows += frame.height
+            if rows >= most + _ROWS_AT_A_TIME:
                 held = [_cut(held, most)]
+                rows = held[0].height
         return _cut(held, most).sort(["score", "doc_id"], descending=[True, False])
 
 

@@ -11,7 +11,7 @@ one for a temperature T near zero and the other for a large one. The weightings 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,8 @@ Weighting = Literal["none", "idf", "centred", "contrast"]
 TOP_LATENTS = 8
 # Roots of codes have unit norm in float32: a difference of two below it is rounding.
 _ROUNDING = 1e-6
-# Documents at a time: with 10 seeds and 128 latents each, some 100 MB of intermediate values, however large a shard is.
-_ROWS = 4096
+# Documents at a time, times seeds: with 128 latents each some 100 MB of intermediate values, however large a shard is.
+_ROWS_TIMES_SEEDS = 40_960
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Scored:
     score: np.ndarray  # float32 [N]
     seed: np.ndarray  # int32 [N], the nearest seed
     top_latents: pa.Array  # list<int32> [N], shared with that seed: those that add most to the score, best first
+
+
+class _Directions(NamedTuple):
+    """Unit vectors that documents are compared with. Products with the mean are made where the seeds are, once: how many
+    threads a worker has moves the last bits of a long one."""
+
+    vectors: np.ndarray  # float64 [num_latents, S]
+    with_mean: np.ndarray | None  # float64 [S]
 
 
 class Scorer:
@@ -55,19 +63,21 @@ class Scorer:
         self._similarity, self._weighting, self._temperature = similarity, weighting, temperature
         count = max(statistics.documents, 1)
         self._mean = statistics.sqrt_sum / count if weighting in ("centred", "contrast") else None
+        self._mean_square = 0.0 if self._mean is None else float(self._mean @ self._mean)
         self._idf = np.log((1 + count) / (1 + statistics.active)).astype(np.float32)
         vectors = self._vectors(seeds)  # [S, num_latents]
-        self._directions = _units(vectors).T  # [num_latents, S]
-        self._weights: np.ndarray | None = None  # [num_latents], the one direction of `contrast`
+        self._directions = self._compared(_units(vectors).T)  # S of them
+        self._weights: _Directions | None = None  # the one direction of `contrast`
         if weighting == "contrast":
             assert background is not None
             weights = fit_contrast(_units(vectors), _units(self._vectors(background)))
             weights[np.abs(weights) < _ROUNDING] = 0.0
-            self._weights = _units(weights[None])[0]
+            self._weights = self._compared(_units(weights[None]).T)
 
     def __call__(self, codes: Codes) -> Scored:
         """Scores, nearest seeds and reasons of `codes`."""
-        parts = [self._score(part) for part in codes.slices(_ROWS)] or [self._score(codes)]
+        rows = max(1, _ROWS_TIMES_SEEDS // self._directions.vectors.shape[1])
+        parts = [self._score(part) for part in codes.slices(rows)] or [self._score(codes)]
         reasons = pa.concat_arrays([part.top_latents for part in parts])
         return Scored(np.concatenate([p.score for p in parts]), np.concatenate([p.seed for p in parts]), reasons)
 
@@ -75,7 +85,7 @@ class Scorer:
         cosines = self._cosines(codes, self._directions)  # [N, S]
         nearest = cosines.argmax(axis=1)
         if self._weights is not None:
-            score = self._cosines(codes, self._weights[:, None])[:, 0]
+            score = self._cosines(codes, self._weights)[:, 0]
         elif self._similarity == "max":
             score = cosines.max(axis=1)
         elif self._similarity == "mean":
@@ -101,16 +111,19 @@ class Scorer:
             dense[np.abs(dense) < _ROUNDING] = 0.0
         return dense
 
-    def _cosines(self, codes: Codes, directions: np.ndarray) -> np.ndarray:
-        """cos(x, t) for each document and unit vector of `directions` [num_latents, S], from the sparse entries; [N, S]."""
+    def _compared(self, vectors: np.ndarray) -> "_Directions":
+        return _Directions(vectors, None if self._mean is None else self._mean @ vectors)
+
+    def _cosines(self, codes: Codes, directions: "_Directions") -> np.ndarray:
+        """cos(x, t) for each document and unit vector of `directions`, from the sparse entries; [N, S]."""
         transformed = self._transform(codes)
         values = transformed.values.astype(np.float64)
-        dots = transformed.sum_rows(directions[codes.ids] * values[:, None])
+        dots = transformed.sum_rows(directions.vectors[codes.ids] * values[:, None])
         squares = transformed.sum_rows(values**2)
         if self._mean is not None:
             # (x - m).t = x.t - m.t and |x - m|^2 = |x|^2 - 2 x.m + |m|^2: the dense mean never meets a document.
-            dots -= self._mean @ directions
-            squares += self._mean @ self._mean - 2 * transformed.sum_rows(values * self._mean[codes.ids])
+            dots -= directions.with_mean
+            squares += self._mean_square - 2 * transformed.sum_rows(values * self._mean[codes.ids])
         norms = np.sqrt(np.maximum(squares, 0.0))[:, None]
         empty = np.diff(codes.offsets) == 0
         cosines = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
@@ -120,10 +133,10 @@ class Scorer:
     def _reasons(self, codes: Codes, nearest: np.ndarray) -> pa.Array:
         """Of the latents that a document and its nearest seed have in common, those with the largest part in the score."""
         owner = np.repeat(np.arange(len(codes)), np.diff(codes.offsets))
-        gains = self._directions[codes.ids, nearest[owner]]
+        gains = self._directions.vectors[codes.ids, nearest[owner]]
         if self._weights is not None:
             # A direction is positive only where the seed has the latent, and more of it than the corpus.
-            gains = np.where(gains > 0, self._weights[codes.ids], 0.0)
+            gains = np.where(gains > 0, self._weights.vectors[codes.ids, 0], 0.0)
         gains = self._transform(codes).values * gains
         order = np.lexsort((codes.ids, -gains, owner))
         place = np.arange(len(order)) - codes.offsets[owner]

@@ -1,5 +1,6 @@
 """Which documents of a ranking are kept. All limits hold at once: the strictest ends the selection."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, section: CurateSection, scored: int, seeds: int) -> "Limits":
         """Those of the recipe, for a corpus of `scored` documents."""
-        shares = [] if section.share is None else [max(int(section.share * scored), 1)]
+        shares = [] if section.share is None else [max(math.floor(section.share * scored + 1e-9), 1)]
         quota = [] if section.per_seed is None else [section.per_seed * seeds]
         most = [*([] if section.documents is None else [section.documents]), *shares, *quota]
         return cls(min(most, default=None), section.tokens, section.per_seed)

@@ -59,7 +59,8 @@ class Staging:
         self._flush()
         for part in sorted(self._pieces):
             pieces = self._pieces[part]
-            rows = concat_rows([_open(piece) for piece in pieces]).sort_by(POSITION).combine_chunks()
+            # The empty table puts the columns in one order, whichever piece came first.
+            rows = concat_rows([self._empty(), *(_open(piece) for piece in pieces)]).sort_by(POSITION).combine_chunks()
             path = self._directory / f"part-{len(self._parts):06d}.arrow"
             _write(path, rows)
             self._parts.append(_Part(rows.column(POSITION)[0].as_py(), _open(path)))

@@ -1,7 +1,5 @@
 """`score`: every document's likeness to the seeds, from the stored codes alone, in two passes over them."""
 
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -78,14 +76,21 @@ def _of_corpus(
     context: Context, units: pa.Table, num_latents: int, documents: int, with_background: bool
 ) -> tuple[CorpusStatistics, Codes]:
     """The sums over all shards, and the codes of the background, none where it is not asked for."""
-    parts: list[tuple[int, CorpusStatistics, Codes]] = []
+    samples: list[tuple[int, Codes]] = []
+    total: CorpusStatistics | None = None
+    # Added up in the order of the shards, whatever order they come in: a sum of floats depends on it.
+    waiting: dict[int, CorpusStatistics] = {}
+    added = 0
     arguments = (num_latents, documents, with_background)
     with context.reporter.task("score: corpus statistics", documents, "documents") as progress:
         for record in context.runner.map(ShardStatistics, arguments, units, Resources(accelerator=False)):
             (row,) = record.drop_columns(["latent_ids", "latent_values"]).to_pylist()
             sample = pa.table({name: record.column(name).combine_chunks().flatten() for name in ("latent_ids", "latent_values")})
-            parts.append((row["unit"], CorpusStatistics.from_row(row), codes_of(sample, num_latents)))
+            samples.append((row["unit"], codes_of(sample, num_latents)))
+            waiting[row["unit"]] = CorpusStatistics.from_row(row)
+            while (part := waiting.pop(added, None)) is not None:
+                total, added = part if total is None else total + part, added + 1
             progress(row["documents"])
-    # In the order of the shards, whatever order they came in: a sum of floats depends on it.
-    parts.sort(key=lambda part: part[0])
-    return reduce(add, (part[1] for part in parts)), Codes.concatenated([part[2] for part in parts])
+    samples.sort(key=lambda part: part[0])
+    assert total is not None
+    return total, Codes.concatenated([sample for _, sample in samples])

@@ -43,3 +43,8 @@ def test_index_finds_what_a_search_finds(items: list[str], document: str, n: int
     known_short = {tuple(item.split()) for item in items if 0 < len(item.split()) < n}
     expected = any(gram in known for gram in grams(document)) or tuple(document.split()) in known_short
     assert (index_of(items, n).hit(document) is not None) == expected
+
+
+def test_words_of_every_script_are_whole() -> None:
+    assert words("किताब की दुकान") == ["किताब", "की", "दुकान"]
+    assert words("CAFE\u0301 au lait") == words("caf\u00e9 au lait") == ["caf\u00e9", "au", "lait"]

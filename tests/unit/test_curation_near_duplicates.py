@@ -12,9 +12,11 @@ def test_normalised_hash_forgets_case_and_white_space_only() -> None:
 
 
 def test_shingles_by_hand() -> None:
-    assert shingles("The cat, the CAT; the cat", 2) == {"the cat", "cat the"}
+    assert shingles("The cat, the CAT; the cat", 2) == {"the cat", "cat ,", ", the", "cat ;", "; the"}
     assert shingles("One two", 5) == {"one two"}
-    assert shingles("?!", 2) == frozenset()
+    assert shingles(" \n", 2) == frozenset()
+    assert shingles("किताब की", 2) == {"किताब की"}
+    assert shingles("caf\u00e9", 1) == shingles("cafe\u0301", 1)
     assert jaccard(shingles("a b c d", 2), shingles("b c d e", 2)) == 2 / 4
     assert jaccard(frozenset(), frozenset()) == 0.0
 
@@ -75,3 +77,14 @@ def test_texts_without_words_resemble_nothing() -> None:
     for number, sketch in enumerate(sketches(texts, 2)):
         assert near.most_similar(number, sketch) is None
         near.keep(number, sketch)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Factor x^2 + 3x - 10 over the integers", "Factor x^2 - 3x + 10 over the integers"),
+        ("if a < b and c >= d: return a[i] + b[j] * 2", "if a > b and c <= d: return a[i] - b[j] / 2"),
+    ],
+)
+def test_signs_and_operators_tell_texts_apart(one: str, other: str) -> None:
+    assert jaccard(shingles(one, 5), shingles(other, 5)) < 0.5

@@ -208,7 +208,7 @@ def test_softmax_lies_between_mean_and_max():
 def test_a_shard_of_any_size_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch):
     corpus = np.random.default_rng(2).integers(0, 3, (23, NUM_LATENTS)).astype(float)
     whole = scored(corpus, corpus[:3], corpus, "centred")
-    monkeypatch.setattr("finescope.curation.score._ROWS", 5)
+    monkeypatch.setattr("finescope.curation.score._ROWS_TIMES_SEEDS", 15)
     parts = scored(corpus, corpus[:3], corpus, "centred")
     assert parts.score.tolist() == whole.score.tolist()
     assert parts.seed.tolist() == whole.seed.tolist()

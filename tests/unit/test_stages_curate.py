@@ -193,3 +193,13 @@ def test_the_directory_is_a_dataset(tmp_path: Path) -> None:
         assert said in card
     for silent in ("tells of", "/models/", str(tmp_path)):
         assert silent not in card
+
+
+def test_columns_of_any_name_come_through(tmp_path: Path) -> None:
+    """A filter's findings lie beside the columns of the source while rows are put by."""
+    more = {name: [f"{name} {row}" for row in range(20)] for name in ("hash", "item", "sketch")}
+    tables = [pa.table({**{name: part.column(name) for name in ("id", "text")}, **more}) for part in corpus()]
+    manifest = run_curate(tmp_path, write_inputs(tmp_path, tables, SCORES, 10), documents=8)
+    found = curated(manifest)
+    assert found.columns == ["rank", "doc_id", "score", "seed", "id", "hash", "item", "sketch", "text"]
+    assert found["item"].to_list() == [f"item {row % 20}" for row in best_first()[:8]]
