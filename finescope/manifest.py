@@ -16,6 +16,8 @@ from finescope.errors import UserError
 MANIFEST = "manifest.json"
 RUN = "run.json"
 CLAIM = "step.json"
+# The steps that all domains of a run have in common; from the next on each has its own.
+SHARED_STEPS = ("index", "model", "sae", "embed")
 _VERSIONS = ("finescope", "torch", "transformers", "ray", "pyarrow", "polars", "datasets", "peft", "deepspeed")
 
 
@@ -130,9 +132,12 @@ def domains_of(labels: Iterable[str]) -> list[str]:
 
 
 def of_domain(manifests: Mapping[str, Manifest], domain: str) -> dict[str, Manifest]:
-    """The manifests that one domain builds on, by step: what all share and its own."""
+    """The manifests that one domain builds on, by step: what all share and its own.
+
+    Other steps without a domain are of a run of one domain at the same output, and not this one's.
+    """
     split = [(*step_and_domain(label), found) for label, found in manifests.items()]
-    shared = {step: found for step, of, found in split if not of}
+    shared = {step: found for step, of, found in split if not of and (not domain or step in SHARED_STEPS)}
     return shared | {step: found for step, of, found in split if of == domain}
 
 

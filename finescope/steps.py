@@ -118,7 +118,7 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
         return done
     name, claimed = locate(step, output)
     uri = storage.join(output, name)
-    _refuse_second_driver(step, output)
+    _refuse_second_driver(step, output, name)
     if not claimed:
         write_claim(uri, Claim(step=step.name, identity=step.identity, version=step.version))
     storage.delete_temporaries(output, below=False)
@@ -179,10 +179,11 @@ def point_at(step: Step, output: str, done: Manifest) -> None:
         mark(output, step.label, state)
 
 
-def _refuse_second_driver(step: Step, output: str) -> None:
-    known = read_run(output).steps.get(step.label)
-    if known is not None and known.alive and known.pid != os.getpid():
-        raise UserError(f"process {known.pid} is at work on step '{step.label}' of '{output}'; let it end, or end it")
+def _refuse_second_driver(step: Step, output: str, name: str) -> None:
+    """`name` is the step's directory, which may be at work under another label."""
+    for label, known in read_run(output).steps.items():
+        if (label == step.label or known.path == name) and known.alive and known.pid != os.getpid():
+            raise UserError(f"process {known.pid} is at work on step '{label}' of '{output}'; let it end, or end it")
 
 
 def _check_counts(step: Step, outcome: Outcome) -> None:

@@ -1,11 +1,14 @@
 """Steps of several domains: their names, and what one label takes over from another."""
 
+import os
 from pathlib import Path
 
-from test_steps import Function
+import pytest
+from test_steps import FIRST, Function, contents, killed
 
 from finescope import steps, storage
-from finescope.manifest import read_run
+from finescope.errors import UserError
+from finescope.manifest import of_domain, read_run
 from finescope.steps import Step
 
 
@@ -44,3 +47,24 @@ def test_two_domains_with_the_same_seeds_share_what_is_done(tmp_path: Path):
         "first-math": "first-math",
         "first-maths": "first-math",
     }
+
+
+def test_what_a_run_of_one_domain_left_is_no_domain_s(tmp_path: Path):
+    names = ("index", "model", "sae", "embed", "score", "distill", "score-math")
+    manifests = {}
+    for label in names:
+        name, _, domain = label.partition("-")
+        manifests[label] = steps.run(Step(name, {"of": label}, domain=domain), str(tmp_path), Function())
+    found = of_domain(manifests, "math")
+    assert list(found) == ["index", "model", "sae", "embed", "score"]
+    assert found["score"] is manifests["score-math"]
+    assert list(of_domain(manifests, "")) == list(names[:-1])
+
+
+def test_a_driver_at_work_under_another_label_is_not_disturbed(tmp_path: Path):
+    killed(str(tmp_path), pid=os.getppid())
+    before, function = contents(tmp_path), Function()
+    with pytest.raises(UserError, match=rf"process {os.getppid()} is at work on step 'first'"):
+        steps.run(Step(FIRST.name, FIRST.section, domain="math"), str(tmp_path), function)
+    assert not function.calls
+    assert contents(tmp_path) == before
