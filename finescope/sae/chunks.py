@@ -41,8 +41,9 @@ def plan_chunks(units: Sequence[dict[str, Any]], seed: int, most: int | None = N
     for turn in range(max(map(len, firsts), default=0)):
         for number in random.permutation(len(units)):
             if turn < len(firsts[number]):
-                chunks.append({**units[number], "first": int(firsts[number][turn]), "count": size})
-                planned += size
+                first = int(firsts[number][turn])
+                chunks.append({**units[number], "first": first, "count": size})
+                planned += min(size, units[number]["take"] - first)  # the last chunk of a unit is seldom full
                 if most is not None and planned >= most:
                     return chunks
     return chunks

@@ -48,6 +48,12 @@ def test_no_more_chunks_are_planned_than_are_needed() -> None:
     assert plan_chunks(units(*[2560] * 50), seed=3, most=10**9) == whole
 
 
+def test_chunks_that_are_not_full_count_for_what_they_hold() -> None:
+    plan = plan_chunks(units(*[10] * 1000), seed=3, most=5000)
+    assert sum(min(chunk["count"], 10 - chunk["first"]) for chunk in plan) == 5000
+    assert len(plan) == 500
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("chunks"), documents=60)
