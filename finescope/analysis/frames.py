@@ -83,22 +83,21 @@ def frame_of(manifest: Manifest, name: str) -> pl.LazyFrame:
     files = manifest.files(name)
     if not files:
         return _empty(name)
-    frame = scan(files)
-    # `curated` has the source's columns too.
-    return frame if name == "curated" else frame.select(_schema(name).names)
+    return _pinned(scan(files), name)
 
 
 def sample_of(manifest: Manifest, name: str, files: int, rows: int) -> pl.LazyFrame:
     """The first `rows` of each of `files` files of a table, evenly spaced: a look at a table of any size. All of a small one."""
     there = manifest.files(name)
     chosen = [there[at * len(there) // files] for at in range(files)] if len(there) > files else list(there)
-    return pl.concat([scan([file]).head(rows) for file in chosen]) if chosen else _empty(name)
+    return _pinned(pl.concat([scan([file]).head(rows) for file in chosen]), name) if chosen else _empty(name)
 
 
 def scan(files: Sequence[str]) -> pl.LazyFrame:
     """Parquet files of one schema wherever they are, at least one."""
     if all(storage.is_local(file) for file in files):
-        return pl.scan_parquet([storage.absolute(file) for file in files])
+        # A file is meant as it is named, whatever `[` or `*` there is in the path to it.
+        return pl.scan_parquet([storage.absolute(file) for file in files], glob=False)
     # Polars opens object stores with credentials of its own and knows no memory://; these go the way of all other files.
     with storage.open_input(files[0]) as file:
         schema = pq.read_schema(file)
@@ -149,6 +148,14 @@ def corpus_sources(manifests: Mapping[str, Manifest]) -> dict[str, int]:
 
 def _schema(name: str) -> pa.Schema:
     return _TABLES[name.removeprefix("control_")][0]
+
+
+def _pinned(frame: pl.LazyFrame, name: str) -> pl.LazyFrame:
+    """The columns of a table's schema, in its order. One that is younger than the table is null."""
+    if name == "curated":  # has the source's columns too
+        return frame
+    schema, there = _empty(name).collect_schema(), frame.collect_schema()
+    return frame.select(pl.col(key) if key in there else pl.lit(None, kind).alias(key) for key, kind in schema.items())
 
 
 def _empty(name: str) -> pl.LazyFrame:

@@ -165,7 +165,8 @@ def text_hash_id(file_name: str, row_group: int, row: int, text: str) -> str:
 
 
 def _span(unit: Mapping[str, Any]) -> Span | None:
-    return None if unit["start"] is None else Span(unit["start"], unit["bytes"])
+    # `start` is younger than other columns: what an older index lists is read whole.
+    return None if unit.get("start") is None else Span(unit["start"], unit["bytes"])
 
 
 def _documents(

@@ -27,11 +27,12 @@ def repeated_ids(directory: str, at_once: int = _IDS_AT_ONCE) -> tuple[int, list
     with storage.scratch_directory(directory) as folder:
         key = (pl.col("id").hash() % parts).alias("part")
         ids.sink_parquet(pl.PartitionBy(folder, key=key, include_key=False), mkdir=True)
-        return _repeated([pl.scan_parquet(part) for part in _parts(folder)])
+        return _repeated([scan(part) for part in _parts(folder)])
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(part for part in folder.iterdir() if part.is_dir())
+def _parts(folder: Path) -> list[list[str]]:
+    """The files of each part."""
+    return [sorted(map(str, part.rglob("*.parquet"))) for part in sorted(folder.iterdir()) if part.is_dir()]
 
 
 def _repeated(parts: list[pl.LazyFrame]) -> tuple[int, list[tuple[str, int]]]:

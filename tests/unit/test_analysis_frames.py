@@ -151,3 +151,21 @@ def test_analysis_and_show_import_neither_torch_nor_ray_nor_the_charts() -> None
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_table_that_is_older_than_a_column_has_nulls_there(tmp_path: Path) -> None:
+    for output in (str(tmp_path / "run"), f"memory://{uuid.uuid4().hex}"):
+        build_run(output, until="index")
+        (file,) = manifests_of(output)["index"].files("documents")
+        storage.put_parquet(file, storage.read_parquet(file).drop_columns(["start"]))
+        for found in (table(output, "documents"), sample_of(manifests_of(output)["index"], "documents", 1, 5)):
+            assert found.collect_schema()["start"] == pl.Int64
+            assert found.collect()["start"].null_count() == found.collect().height > 0
+
+
+def test_paths_are_no_patterns(tmp_path: Path) -> None:
+    for name in ("a[1]", "a*"):
+        (tmp_path / name).mkdir()
+        pl.DataFrame({"n": [name]}).write_parquet(tmp_path / name / "part.parquet")
+    found = [frames.scan([str(tmp_path / name / "part.parquet")]).collect()["n"].to_list() for name in ("a[1]", "a*")]
+    assert found == [["a[1]"], ["a*"]]

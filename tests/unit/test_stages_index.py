@@ -78,6 +78,13 @@ def test_repeated_ids_are_found_in_memory_or_out_of_core(tmp_path: Path, at_once
     assert repeated_ids(str(tmp_path / "none"), at_once) == (0, [])
 
 
+def test_repeated_ids_are_found_whatever_the_directory_is_called(tmp_path: Path) -> None:
+    ids = tmp_path / "out[1]*" / "ids"
+    ids.mkdir(parents=True)
+    pl.DataFrame({"id": [f"id-{at % 20}" for at in range(21)]}).write_parquet(ids / "part-0.parquet")
+    assert repeated_ids(str(ids), 100) == repeated_ids(str(ids), 5) == (1, [("id-0", 2)])
+
+
 def test_an_id_in_two_ranges_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"id": at % 99, "text": json.dumps(at)} for at in range(100)))
     with pytest.raises(CorpusError, match=r"column 'id' is not unique: 1 ids stand more than once, such as '0' \(2 times\)"):
