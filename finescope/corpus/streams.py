@@ -82,6 +82,7 @@ class _Resting(NamedTuple):
     """A decompressed stream between two readings."""
 
     path: str
+    etag: str
     offset: int
     stream: BinaryIO
     closing: contextlib.ExitStack
@@ -100,13 +101,15 @@ _kept = _Kept()
 def _read_span(path: str, compression: Compression | None, span: Span) -> bytes:
     if compression is None:
         return storage.read_bytes(path, span.start, span.start + span.size)
+    # Asked before the file is opened, so that what replaces it meanwhile has another one.
+    etag = storage.info(path).etag
     found, _kept.resting = _kept.resting, None
-    if found is not None and (found.path != path or found.offset > span.start):
+    if found is not None and ((found.path, found.etag) != (path, etag) or found.offset > span.start):
         found.closing.close()
         found = None
     if found is None:
         closing = contextlib.ExitStack()
-        found = _Resting(path, 0, closing.enter_context(open_stream(path, compression)), closing)
+        found = _Resting(path, etag, 0, closing.enter_context(open_stream(path, compression)), closing)
     with contextlib.ExitStack() as failed:
         failed.push(found.closing)
         left = span.start - found.offset

@@ -137,6 +137,18 @@ def test_a_compressed_file_is_decompressed_once_by_who_goes_forward(tmp_path: Pa
     assert read([9, 0, 4]) == 2, "back to the start, and on"
 
 
+def test_a_replaced_file_is_not_read_from_what_was_open(tmp_path: Path) -> None:
+    corpus = in_ranges(tmp_path / "a.jsonl.gz", 1000)
+    for name in ("one", "another"):
+        jsonl(tmp_path / "new.jsonl.gz", *({"text": f"{name} {at:080d}"} for at in range(100)))
+        (tmp_path / "new.jsonl.gz").rename(tmp_path / "a.jsonl.gz")
+        units = units_of(corpus)
+        # The first file is left in the middle, and the second is read on from there.
+        for unit in units[:3] if name == "one" else units[4:]:
+            table = read_documents(unit, corpus, "a", None, None, "embed").table
+            assert all(text.startswith(f"{name} ") for text in table.column("text").to_pylist())
+
+
 def test_cut_gz_and_the_file_of_one_line(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl.gz", *({"text": json.dumps(at)} for at in range(5000)))
     path.write_bytes(path.read_bytes()[:-10])
