@@ -19,6 +19,7 @@ from finescope.corpus.files import Compression
 from finescope.corpus.rejects import Reject, RowsRead
 from finescope.corpus.selection import Selection
 from finescope.corpus.streams import Line, Span, iterate_lines, open_stream
+from finescope.corpus.text import scalar_text
 from finescope.errors import CorpusError
 
 _MAX_BLOCK_BYTES = (1 << 31) - 1
@@ -61,7 +62,8 @@ def parse_or_reject(line: Line, text_columns: frozenset[str]) -> dict[str, Any] 
 def read_jsonl(path: str, compression: Compression | None, span: Span | None, selection: Selection) -> RowsRead:
     """Rows of a JSONL file, or of a span of it; blank lines are no rows. A key that a row lacks is null.
 
-    A column whose values have no common Arrow type becomes strings: texts as they are, everything else as JSON.
+    A column whose values have no common Arrow type becomes strings: texts as they are, everything else as JSON. So do the
+    text columns, always: 1 beside 0.5 would be 1.0, and a row's text and id must not depend on which others are read with it.
     """
     rows: list[int] = []
     values: list[dict[str, Any]] = []
@@ -78,8 +80,14 @@ def read_jsonl(path: str, compression: Compression | None, span: Span | None, se
             rows.append(line.row)
             values.append(parsed)
     names = selection.columns if selection.columns is not None else tuple(dict.fromkeys(key for row in values for key in row))
-    columns = {name: column_of([row.get(name) for row in values]) for name in names}
+    columns = {name: _column(name, [row.get(name) for row in values], selection) for name in names}
     return RowsRead(with_rows(rows, columns), rejected, len(rows) + len(rejected))
+
+
+def _column(name: str, values: list[Any], selection: Selection) -> pa.Array:
+    if name in selection.text_columns:
+        return pa.array([scalar_text(value) for value in values], pa.string())
+    return column_of(values)
 
 
 def read_csv(path: str, compression: Compression | None, selection: Selection) -> RowsRead:
@@ -147,9 +155,16 @@ def json_strings(values: list[Any]) -> list[str | None]:
 
 
 def csv_header(data: bytes) -> list[str]:
-    """The names in the first line of a CSV file that is not blank; none where there is no such line."""
+    """The names in the first line of a CSV file that is not blank; none where there is no such line.
+
+    Raises:
+        pa.ArrowInvalid: it is damaged, as Arrow says of all that comes after it: a name is too long, a quote never closed.
+    """
     text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", errors="surrogateescape", newline="")
-    return next((fields for fields in csv.reader(text) if fields), [])
+    try:
+        return next((fields for fields in csv.reader(text) if fields), [])
+    except csv.Error as error:
+        raise pa.ArrowInvalid(f"CSV header: {error}") from error
 
 
 def _has_empty_struct(type: pa.DataType) -> bool:

@@ -46,20 +46,23 @@ def num_row_groups(path: str, format: Format) -> int:
 def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
     """Tables of several units as one: a column that one lacks is null there, types are widened where they can be.
 
-    A column whose types have nothing in common becomes strings: texts as they are, everything else as JSON.
+    A column whose types have nothing in common, or one type that not all values fit in, becomes strings: texts as they are,
+    everything else as JSON.
     """
-    types: dict[str, list[pa.DataType]] = {}
-    for table in tables:
-        for field in table.schema:
-            types.setdefault(field.name, []).append(field.type)
-    unlike = {name for name, found in types.items() if not _have_common_type(found)}
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    unlike = {
+        name for name in names if not _fits_one_type([table.select([name]) for table in tables if name in table.schema.names])
+    }
     return pa.concat_tables([_as_strings(table, unlike) for table in tables], promote_options="permissive")
 
 
-def _have_common_type(types: list[pa.DataType]) -> bool:
+def _fits_one_type(columns: list[pa.Table]) -> bool:
+    """Whether tables of one column can be put together: of integers beside fractions, double holds those up to 2^53."""
+    if len({column.schema.types[0] for column in columns}) == 1:
+        return True
     try:
-        pa.unify_schemas([pa.schema([("column", type)]) for type in dict.fromkeys(types)], promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        pa.concat_tables(columns, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return False
     return True
 

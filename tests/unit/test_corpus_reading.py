@@ -7,8 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_files import bad_strings, jsonl, parquet, read_all, reasons, section, texts
 
+from finescope.corpus.documents import read_selected
+from finescope.corpus.files import resolve
 from finescope.corpus.reading import concat_rows, read_rows
 from finescope.corpus.selection import Selection
+from finescope.corpus.units import inspect_file
 from finescope.errors import CorpusError
 
 
@@ -169,3 +172,23 @@ def test_concat_widens_and_falls_back_to_strings() -> None:
         {"a": 0.5, "b": "x", "c": None},
         {"a": None, "b": "[1, 2]", "c": None},
     ]
+
+
+def test_concat_takes_no_integer_for_a_double_that_cannot_hold_it() -> None:
+    tables = [pa.table({"a": [2**60], "b": [2**53]}), pa.table({"a": [0.5], "b": [0.5]})]
+    assert concat_rows(tables).to_pylist() == [{"a": str(2**60), "b": float(2**53)}, {"a": "0.5", "b": 0.5}]
+
+
+def test_text_of_a_row_does_not_depend_on_the_rows_beside_it(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"n": 1}, {"n": 0.5}, {"n": True}, {"n": None}, {"n": 2**70}, {"n": 1e22}, {"n": "x"})
+    corpus, expected = section(path, text="n"), ["1", "0.5", "true", str(2**70), "1e+22", "x"]
+    assert texts(corpus) == expected
+    numbers = section(jsonl(tmp_path / "b.jsonl", {"n": 1, "id": 1}, {"n": 0.5, "id": 2.5}), text="{n}", id="id")
+    (documents,) = read_all(numbers)
+    assert documents.table.select(["doc_id", "text"]).to_pylist() == [
+        {"doc_id": "1", "text": "1"},
+        {"doc_id": "2.5", "text": "0.5"},
+    ]
+    (file,) = resolve(numbers)
+    (unit,) = inspect_file(file, numbers).documents.to_pylist()
+    assert read_selected(unit, [0], numbers, None).select(["id", "text"]).to_pylist() == [{"id": "1", "text": "1"}]
