@@ -37,7 +37,7 @@ class FileInfo:
     """A file as it was when it was looked at."""
 
     path: str
-    size: int  # bytes
+    size: int | None  # bytes; None: the server does not tell, which is not an empty file
     etag: str  # the store's own tag, or a hash of size and modification time
 
 
@@ -103,10 +103,8 @@ def glob(pattern: str) -> list[FileInfo]:
         root = _MAGIC.split(path, maxsplit=1)[0].rpartition("/")[0]
     elif fs.isdir(path):
         found = fs.find(path, detail=True)
-    elif fs.exists(path):
-        found = {path: fs.info(path)}
     else:
-        found = {}
+        found = {path: fs.info(path)} if fs.exists(path) else {}
     entries = cast(dict[str, dict[str, Any]], found)
     names = [name for name, entry in entries.items() if entry["type"] == "file" and not _hidden(name.removeprefix(root))]
     local = isinstance(fs, LocalFileSystem)
@@ -132,9 +130,10 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The whole file, or its bytes from `start` up to `end` and no others."""
+    """The whole file, or its bytes from `start` up to `end` and no others, even of an HTTP server that knows no ranges."""
     fs, path = filesystem(uri)
-    return b"" if start is not None and start == end else cast(bytes, fs.cat_file(path, start=start, end=end))
+    data = b"" if start is not None and start == end else cast(bytes, fs.cat_file(path, start=start, end=end))
+    return data[start:end] if start is not None and end is not None and len(data) > end - start else data
 
 
 def put_bytes(uri: str, data: bytes) -> None:
@@ -282,7 +281,7 @@ def _hidden(path: str) -> bool:
 
 
 def _file_info(fs: AbstractFileSystem, uri: str, entry: dict[str, Any]) -> FileInfo:
-    return FileInfo(uri, int(entry["size"] or 0), etag_of(entry))
+    return FileInfo(uri, None if entry["size"] is None else int(entry["size"]), etag_of(entry))
 
 
 def _sync_directory(path: Path) -> None:

@@ -9,6 +9,7 @@ from finescope.analysis import summaries
 from finescope.analysis.frames import corpus_sources, frame_of
 from finescope.config import CorpusSection
 from finescope.corpus.documents import read_selected
+from finescope.corpus.shapes import shaped_as_indexed
 from finescope.errors import CorpusError
 from finescope.manifest import Manifest
 
@@ -24,15 +25,26 @@ def shares(manifests: Mapping[str, Manifest]) -> pl.DataFrame:
     by_source = summaries.sources(curated, corpus_sources(manifests))
     if by_source.height or not {"index", "score"} <= manifests.keys():
         return by_source
-    sizes, names = {}, manifests["index"].facts.get("names", {})
-    for file, rows in frame_of(manifests["index"], "documents").select("file", "num_rows").collect().iter_rows():
-        sizes[file] = sizes.get(file, 0) + rows
-    if len(sizes) < 2:
+    sizes = _rows_by_file(manifests["index"])
+    if sum(rows > 0 for rows in sizes.values()) < 2:
         return by_source
-    numbered = {"file": range(len(sizes)), "source": [names.get(file, file) for file in sizes]}
+    directory = manifests["index"].facts.get("directory", "")
+    names = {file: file.removeprefix(directory) for file in sizes}
+    numbered = {"file": range(len(sizes)), "source": list(names.values())}
     files = pl.DataFrame(numbered, schema_overrides={"file": pl.Int32})
     located = summaries.scores_of(frame_of(manifests["score"], "scores"), curated).join(files.lazy(), on="file", how="left")
-    return summaries.sources(located, {names.get(file, file): rows for file, rows in sizes.items()})
+    return summaries.sources(located, {names[file]: rows for file, rows in sizes.items() if rows})
+
+
+def _rows_by_file(index: Manifest) -> dict[str, int]:
+    """How many rows of each file, in order, are read: with `corpus.limit` those of the first units, up to it."""
+    sizes: dict[str, int] = {}
+    left = index.section.get("limit")
+    for file, rows in frame_of(index, "documents").select("file", "num_rows").collect().iter_rows():
+        read = rows if left is None else min(left, rows)
+        left = None if left is None else left - read
+        sizes[file] = sizes.get(file, 0) + read
+    return sizes
 
 
 def texts(manifests: Mapping[str, Manifest], places: pl.DataFrame) -> list[str | None]:
@@ -43,7 +55,7 @@ def texts(manifests: Mapping[str, Manifest], places: pl.DataFrame) -> list[str |
     """
     index = manifests["index"]
     try:
-        section = CorpusSection.model_validate(index.section)
+        section = shaped_as_indexed(CorpusSection.model_validate(index.section), index.facts)
     except ValidationError:  # of another version of finescope
         return [None] * places.height
     if section.messages is not None:

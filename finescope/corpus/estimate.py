@@ -3,6 +3,8 @@
 import io
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from finescope.config import CorpusSection
 from finescope.corpus.files import CorpusFile
 from finescope.corpus.shapes import columns_in, head_of
@@ -21,7 +23,7 @@ def estimate(files: Sequence[CorpusFile], section: CorpusSection) -> tuple[int, 
     count = min(_SAMPLED_FILES, len(files))
     sampled = [files[at * len(files) // count] for at in range(count)]
     found = [_estimate(file, section) for file in sampled]
-    scale = sum(file.info.size for file in files) / max(1, sum(file.info.size for file in sampled))
+    scale = sum(file.info.size or 0 for file in files) / max(1, sum(file.info.size or 0 for file in sampled))
     return round(scale * sum(rows for rows, _ in found)), round(scale * sum(size for _, size in found))
 
 
@@ -31,10 +33,13 @@ def _estimate(file: CorpusFile, section: CorpusSection) -> tuple[float, float]:
         units = inspect_range(file, section.model_copy(update={"id": None})).documents
         return sum(units.column("num_rows").to_pylist()), sum(units.column("bytes").to_pylist())
     if file.format == "txt":
-        return 1.0, float(file.info.size)
+        return 1.0, float(file.info.size or 0)
     head, scale = head_of(file)
     rows = sum(1 for _ in lines_of(io.BytesIO(head))) - (file.format == "csv")
-    columns = columns_in(head, file)
+    try:
+        columns = columns_in(head, file)
+    except pa.ArrowInvalid:  # damage
+        return 0.0, 0.0
     if columns:
         check_columns(file, section, columns)
     return max(rows, 0) * scale, len(head) * scale

@@ -1,8 +1,8 @@
 """Common shapes of rows, recognised by their columns: where a corpus has no column `text` and its recipe says nothing else."""
 
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from finescope.corpus.streams import is_damage, lines_of
 # Files that are looked into, one after the other, until one can be read.
 _TRIED_FILES = 8
 _HEAD_BYTES = 1 << 20
+_MOST_HEAD_BYTES = 1 << 26
 _STEP_BYTES = 1 << 12
 
 
@@ -60,31 +61,49 @@ def shaped(section: CorpusSection, shape: Shape | None) -> CorpusSection:
     return section.model_copy(update={"text": shape.text or section.text, "messages": shape.messages})
 
 
+def shaped_as_indexed(section: CorpusSection, facts: Mapping[str, Any]) -> CorpusSection:
+    """The corpus as `index` found it (its facts): with the shape of its rows where the recipe names no columns."""
+    shape = facts.get("shape")
+    return shaped(section, None if shape is None else Shape(**shape))
+
+
 def columns_of(file: CorpusFile) -> tuple[str, ...]:
-    """A file's columns, from its footer or its first MiB; none where they cannot be read."""
-    if file.format == "parquet":
-        try:
-            with storage.open_input(file.info.path) as handle:
-                return tuple(pq.read_schema(handle).names)
-        except (OSError, pa.ArrowInvalid) as error:
-            if not is_damage(error):
-                raise
-            return ()
+    """A file's columns, from its footer or its head; none where they cannot be read."""
     if file.format == "txt":
         return ("text",)
-    return columns_in(head_of(file)[0], file)
+    try:
+        if file.format != "parquet":
+            return columns_in(head_of(file)[0], file)
+        with storage.open_input(file.info.path) as handle:
+            return tuple(pq.read_schema(handle).names)
+    except (OSError, pa.ArrowInvalid) as error:
+        if not is_damage(error):
+            raise
+        return ()
 
 
 def head_of(file: CorpusFile) -> tuple[bytes, float]:
-    """The first MiB of a line file, decompressed, without a line that is cut; and the file's size in such heads."""
-    raw = storage.read_bytes(file.info.path, 0, min(_HEAD_BYTES, file.info.size))
-    data = raw if file.compression is None else _decompressed(raw, file.compression)
-    whole = data if len(raw) == file.info.size else data[: data.rfind(b"\n") + 1]
-    return whole, file.info.size / max(1, len(raw))
+    """The first MiB of a line file, decompressed, without a line that is cut; and the file's size in such heads.
+
+    More where a longer line comes first, up to 64 MiB. The size is 1 where the server does not tell it.
+    """
+    size, asked = file.info.size, _HEAD_BYTES
+    while True:
+        raw = storage.read_bytes(file.info.path, 0, asked if size is None else min(asked, size))
+        data = raw if file.compression is None else _decompressed(raw, file.compression)
+        ended = len(raw) < asked if size is None else len(raw) == size
+        whole = data if ended else data[: data.rfind(b"\n") + 1]
+        if whole.strip() or ended or asked >= _MOST_HEAD_BYTES:
+            return whole, (len(raw) if size is None else size) / max(1, len(raw))
+        asked *= 4
 
 
 def columns_in(head: bytes, file: CorpusFile) -> tuple[str, ...]:
-    """The columns of a JSONL or CSV file as its head tells them."""
+    """The columns of a JSONL or CSV file as its head tells them.
+
+    Raises:
+        pa.ArrowInvalid: the header of a CSV file is damaged.
+    """
     if file.format == "csv":
         return tuple(csv_header(head))
     parsed = (parse_or_reject(line, frozenset()) for line in lines_of(io.BytesIO(head)))

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,8 +62,8 @@ def needed_columns(section: CorpusSection) -> tuple[str, ...]:
 
 
 def num_ranges(file: CorpusFile, section: CorpusSection) -> int:
-    """In how many ranges a file can be looked at, each for itself: 1 for all but JSONL that is not compressed."""
-    if file.format != "jsonl" or file.compression is not None:
+    """In how many ranges a file can be looked at, each for itself: 1 for all but JSONL of known size that is not compressed."""
+    if file.format != "jsonl" or file.compression is not None or file.info.size is None:
         return 1
     return max(1, -(-file.info.size // range_bytes(section)))
 
@@ -138,20 +138,22 @@ def _inspect_whole(file: CorpusFile, section: CorpusSection, _: int) -> _Content
     if columns:
         check_columns(file, section, columns)
     ids = None if section.id is None else _ids(file, section.id, 0)
-    return _Contents(columns, [{"num_rows": read.num_rows, "bytes": file.info.size, "start": None}], ids)
+    return _Contents(columns, [{"num_rows": read.num_rows, "bytes": file.info.size or 0, "start": None}], ids)
 
 
 def _inspect_jsonl(file: CorpusFile, section: CorpusSection, number: int) -> _Contents:
-    if file.compression is None:
-        span, data = _range(file, number, range_bytes(section))
+    if file.compression is None and file.info.size is not None:
+        span, data = _range(file, number, range_bytes(section), file.info.size)
         return _tally(lines_of(io.BytesIO(data), span.start), span.start, file, section, number)
     with open_stream(file.info.path, file.compression) as stream:
-        return _tally(lines_of(stream), 0, file, section, 0)
+        # Of a file whose size is not told fsspec's own lines cannot be read, as it seeks for them.
+        lines = stream if file.compression else io.BufferedReader(cast(io.RawIOBase, stream))
+        return _tally(lines_of(lines), 0, file, section, 0)
 
 
-def _range(file: CorpusFile, number: int, size: int) -> tuple[Span, bytes]:
-    """The lines that begin in a range of a file, however far the last of them goes on."""
-    path, first, last = file.info.path, number * size, min((number + 1) * size, file.info.size)
+def _range(file: CorpusFile, number: int, size: int, end: int) -> tuple[Span, bytes]:
+    """The lines that begin in a range of a file of `end` bytes, however far the last of them goes on."""
+    path, first, last = file.info.path, number * size, min((number + 1) * size, end)
     # With the byte before it, which tells whether a line begins with the range.
     before = 1 if first else 0
     data = storage.read_bytes(path, first - before, last)
@@ -159,8 +161,8 @@ def _range(file: CorpusFile, number: int, size: int) -> tuple[Span, bytes]:
     if before and (skipped == 0 or skipped == len(data)):
         return Span(first, 0), b""
     parts = [data[skipped:]]
-    while not parts[-1].endswith(b"\n") and last < file.info.size:
-        ahead = storage.read_bytes(path, last, min(last + _LOOKED_AHEAD, file.info.size))
+    while not parts[-1].endswith(b"\n") and last < end:
+        ahead = storage.read_bytes(path, last, min(last + _LOOKED_AHEAD, end))
         if not ahead:
             break  # the file has become shorter since it was listed, which its etag will tell
         parts.append(ahead[: ahead.find(b"\n") + 1] or ahead)

@@ -41,7 +41,7 @@ def throughput(model: PreTrainedModel, batch_size: int, prompt_tokens: int, deco
 
 def weight_bytes(directory: str) -> int:
     """Bytes of the safetensors files of a model's directory."""
-    return sum(info.size for info in storage.glob(directory) if info.path.endswith(".safetensors"))
+    return sum(info.size or 0 for info in storage.glob(directory) if info.path.endswith(".safetensors"))
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:

@@ -165,7 +165,7 @@ def _check_weights(names: list[str], where: str, section: ModelSection) -> None:
 
 def _digest_file(uri: str) -> str:
     """Hash of a file's size and its first and last MiB: a safetensors header is in the one, the last blocks in the other."""
-    size = storage.info(uri).size
+    size = storage.info(uri).size or 0
     with storage.open_input(uri) as file:
         digest = hashlib.sha256(f"{size}:".encode() + file.read(_MEBIBYTE))
         if size > _MEBIBYTE:

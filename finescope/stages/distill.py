@@ -147,7 +147,7 @@ def _rewrite(
     shards = [storage.join(name, f"part-{unit['unit']:06d}.parquet") for unit in units]
     infos = [(path, storage.join(uri, path)) for path in shards]
     return tuple(
-        TableFile(path=path, rows=storage.read_parquet(full, ["doc_id"]).num_rows, bytes=storage.info(full).size)
+        TableFile(path=path, rows=storage.read_parquet(full, ["doc_id"]).num_rows, bytes=storage.info(full).size or 0)
         for path, full in infos
     )
 
@@ -204,7 +204,7 @@ def _write_card(step: StepInput, section: DistillSection, home: str, kind: str, 
 def _metrics(uri: str, folder: str) -> tuple[TableFile, ...]:
     path = storage.join(folder, "metrics/part-00000.parquet") if folder else "metrics/part-00000.parquet"
     full = storage.join(uri, path)
-    return (TableFile(path=path, rows=storage.read_parquet(full, ["name"]).num_rows, bytes=storage.info(full).size),)
+    return (TableFile(path=path, rows=storage.read_parquet(full, ["name"]).num_rows, bytes=storage.info(full).size or 0),)
 
 
 def _reference(step: StepInput, model: ModelReference, folder: str) -> ModelReference:

@@ -111,7 +111,8 @@ def _tasks(files: Sequence[CorpusFile], section: CorpusSection) -> Iterator[pa.R
 
     for file in files:
         info, count = file.info, num_ranges(file, section)
-        read = 0 if file.format == "parquet" and section.id is None else min(info.size, size if count > 1 else info.size)
+        whole = info.size or 0
+        read = 0 if file.format == "parquet" and section.id is None else min(whole, size if count > 1 else whole)
         for number in range(count):
             if ranges and cost + read + _OPENING_BYTES > _TASK_BYTES:
                 yield packed()

@@ -11,7 +11,7 @@ from finescope.analysis.frames import frame_of
 from finescope.config import CorpusSection
 from finescope.corpus.documents import read_selected
 from finescope.corpus.reading import concat_rows
-from finescope.corpus.shapes import Shape, shaped
+from finescope.corpus.shapes import shaped_as_indexed
 from finescope.manifest import Manifest, TableFile
 from finescope.models.load import ModelReference, load_tokenizer
 from finescope.runners.base import Context, Resources
@@ -50,8 +50,7 @@ def read_shards(manifest: Manifest, name: str, columns: list[str] | None = None,
 
 def corpus_of(section: CorpusSection, index: Manifest) -> CorpusSection:
     """The corpus as `index` found it: with the shape of its rows where the recipe names no columns."""
-    shape = index.facts["shape"]
-    return shaped(section, None if shape is None else Shape(**shape))
+    return shaped_as_indexed(section, index.facts)
 
 
 def index_units(index: Manifest) -> list[dict[str, Any]]:
@@ -102,7 +101,8 @@ def read_located(
         wanted.setdefault(unit["unit"], unit | {"rows": []})["rows"].append(row)
     tables = []
     with context.reporter.task(name, located.height, "documents") as progress:
-        work = pa.Table.from_pylist(list(wanted.values()))
+        # In order: of a compressed file the units are found by who goes forward, and each step back reads it anew.
+        work = pa.Table.from_pylist([wanted[unit] for unit in sorted(wanted)])
         for table in context.runner.map(_Select, (section, model), work, Resources(accelerator=False)):
             tables.append(table)
             progress(table.num_rows)

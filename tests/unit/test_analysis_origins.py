@@ -12,6 +12,9 @@ from fake_run import build_run
 
 from finescope import schemas, storage
 from finescope.analysis import origins
+from finescope.config import CorpusSection
+from finescope.corpus.files import resolve
+from finescope.corpus.shapes import recognise
 from finescope.manifest import Manifest, Table, TableFile
 
 TEXTS = {"a.parquet": ["a0", "a1", "a2", "a3"], "b.parquet": ["b0", "b1", "b2", "b3"]}
@@ -41,7 +44,7 @@ def manifests(tmp_path: Path) -> dict[str, Manifest]:
         for at, (file, group, row, score) in enumerate(PLACES)
     ]
     curated = [{"rank": at + 1, "doc_id": f"d{at}", "score": PLACES[at][3], "seed": 0, "text": ""} for at in range(3)]
-    facts = {"names": {str(tmp_path / name): name for name in TEXTS}}
+    facts = {"directory": f"{tmp_path}/", "shape": None}
     section = {"path": [str(tmp_path / "*.parquet")], "text": "text"}
     curated_schema = pa.schema([*schemas.CURATED_HEAD, *schemas.CURATED_TAIL])
     return {
@@ -54,6 +57,16 @@ def manifests(tmp_path: Path) -> dict[str, Manifest]:
 def test_shares_are_of_files_where_there_is_no_source(manifests: dict[str, Manifest]) -> None:
     found = origins.shares(manifests).select("source", "documents", "corpus", "corpus_share").rows()
     assert found == [("b.parquet", 2, 4, 0.5), ("a.parquet", 1, 4, 0.5)]
+
+
+def test_shares_count_the_rows_that_are_read(manifests: dict[str, Manifest]) -> None:
+    def limited(limit: int) -> dict[str, Manifest]:
+        section = manifests["index"].section | {"limit": limit}
+        return manifests | {"index": manifests["index"].model_copy(update={"section": section})}
+
+    found = origins.shares(limited(5)).select("source", "corpus", "corpus_share").rows()
+    assert sorted(found) == [("a.parquet", 4, 0.8), ("b.parquet", 1, 0.2)]
+    assert origins.shares(limited(4)).is_empty(), "all is of the first file"
 
 
 def test_shares_are_of_sources_where_there_are_some(tmp_path: Path) -> None:
@@ -69,6 +82,25 @@ def test_texts_are_read_again_by_place(manifests: dict[str, Manifest]) -> None:
     places = _places([place[:3] for place in PLACES])
     assert origins.texts(manifests, places) == ["b2", "a1", "b0", "a3", "a0"]
     assert origins.texts(manifests, places.clear()) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"instruction": ["add"], "output": ["3"]}, "add\n3"),
+        ({"messages": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]}, None),
+    ],
+)
+def test_texts_are_made_of_the_shape_that_was_recognised(tmp_path: Path, columns: dict[str, Any], text: str | None) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    corpus = CorpusSection.model_validate({"path": [str(tmp_path / "*.parquet")]})
+    found, files = storage.info(str(tmp_path / "a.parquet")), resolve(corpus)
+    unit = {"file": found.path, "etag": found.etag, "num_rows": 1, "bytes": 10, "row_group": 0}
+    shape = recognise(corpus, files)
+    assert shape is not None
+    facts, section = {"shape": shape._asdict()}, corpus.model_dump(mode="json")
+    index = _manifest(tmp_path, "index", "documents", [unit], schemas.DOCUMENTS, facts=facts, section=section)
+    assert origins.texts({"index": index}, _places([(0, 0, 0)])) == [text]
 
 
 def test_texts_of_a_file_that_has_changed_are_none(manifests: dict[str, Manifest], tmp_path: Path) -> None:

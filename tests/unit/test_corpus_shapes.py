@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 from corpus_files import jsonl, parquet, section, texts, word_tokenizer
 
 from finescope.config import CorpusSection
+from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
-from finescope.corpus.shapes import SHAPES, recognise, shaped
+from finescope.corpus.shapes import SHAPES, columns_of, recognise, shaped
 from finescope.corpus.text import prompt_and_response
+from finescope.corpus.units import inspect_file
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -85,3 +88,25 @@ def test_the_first_file_that_can_be_read_decides(tmp_path: Path) -> None:
     shape = recognise(corpus, resolve(corpus))
     assert shape is not None
     assert shape.name == "prompt and completion"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_first_line_that_is_longer_than_a_head_is_read_to_its_end(tmp_path: Path, name: str) -> None:
+    letters = random.Random(0).randbytes(3 << 20).hex()
+    row = {"instruction": letters, "output": "o"}
+    corpus = section(jsonl(tmp_path / name, row, {**row, "instruction": "short"}))
+    (file,) = resolve(corpus)
+    assert columns_of(file) == ("instruction", "output")
+    assert read_as(corpus).text == "{instruction}\n{output}"
+    assert estimate([file], read_as(corpus))[0] >= 1
+
+
+def test_a_csv_header_that_is_no_header_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,"' + b"x" * 200_000 + b"\n1,2\n")
+    corpus = section(path)
+    (file,) = resolve(corpus)
+    assert columns_of(file) == ()
+    assert estimate([file], corpus) == (0, 0)
+    (reject,) = inspect_file(file, corpus).rejects.to_pylist()
+    assert (reject["reason"], reject["detail"]) == ("unreadable_file", "CSV header: field larger than field limit (131072)")
