@@ -8,6 +8,9 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Of a forward pass on a CPU: more leave its caches, 4,096 at a time take a third longer.
+CPU_BATCH_TOKENS = 1024
+
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
     """Token ids of each text, int32 [T], T <= max_tokens, cut at the end; special tokens as the model expects them.

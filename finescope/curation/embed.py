@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finescope.config import EmbedSection
-from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
+from finescope.corpus.tokenise import CPU_BATCH_TOKENS, length_batches, pad_batch, tokenise
 from finescope.errors import ResourceError
 from finescope.models.hooks import capture
 from finescope.models.load import ModelReference, load_model, load_tokenizer
@@ -24,8 +24,6 @@ EMBEDDED = pa.schema(
         ("latent_values", pa.list_(pa.float16())),
     ]
 )
-# More tokens than these leave the caches of a CPU: 4,096 at a time take a third longer.
-_CPU_TOKENS = 1024
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -50,7 +48,7 @@ class Embedder:
         self._autoencoder = dictionary.autoencoder.to(self._model.device)
         self._section = section
         on_cpu = self._model.device.type == "cpu"
-        self._batch_tokens = min(section.batch_tokens, _CPU_TOKENS) if on_cpu else section.batch_tokens
+        self._batch_tokens = min(section.batch_tokens, CPU_BATCH_TOKENS) if on_cpu else section.batch_tokens
         self._most_tokens = self._batch_tokens  # that fit into memory, as far as is known
         self.tokenizer = load_tokenizer(model)
 

@@ -8,16 +8,16 @@ import numpy as np
 
 from finescope.config import CorpusSection
 from finescope.corpus.documents import read_documents
-from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
-from finescope.models.load import ModelReference, load_tokenizer
+from finescope.corpus.tokenise import CPU_BATCH_TOKENS, length_batches, pad_batch, tokenise
+from finescope.models.load import ModelReference, default_device, load_tokenizer
 from finescope.sae.stream import TokenBatch
 
 # Documents of a chunk: enough to sort by length, few enough that a chunk's activations fit in memory many times.
 CHUNK_DOCUMENTS = 256
 # A small corpus is cut into so many chunks at least, so that some of them can be held out.
 _LEAST_CHUNKS = 20
-# Tokens of a forward pass, padding included.
-_BATCH_TOKENS = 4096
+# Of a forward pass on a GPU, padding included.
+_GPU_BATCH_TOKENS = 4096
 # Of text of units that were read and may be asked for again.
 _KEPT_CHARACTERS = 2**28
 
@@ -61,7 +61,8 @@ class ChunkReader:
         """The chunk's tokens, documents of like length together, padded on the right."""
         texts = self._of_unit(chunk)[chunk["first"] : chunk["first"] + chunk["count"]]
         tokens = tokenise(self._tokenizer, texts, self._max_tokens)
-        for places in length_batches([len(item) for item in tokens], _BATCH_TOKENS):
+        most = CPU_BATCH_TOKENS if default_device().type == "cpu" else _GPU_BATCH_TOKENS
+        for places in length_batches([len(item) for item in tokens], most):
             yield pad_batch([tokens[place] for place in places], self._tokenizer.pad_token_id)
 
     def _of_unit(self, unit: Chunk) -> list[str]:
