@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from finescope.config import ModelSection
-from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
+from finescope.corpus.tokenise import CPU_BATCH_TOKENS, length_batches, pad_batch, tokenise
 from finescope.models.hooks import HookPoint, capture
 from finescope.models.load import ModelReference, load_model, load_tokenizer, materialise
 from finescope.models.source import resolve
@@ -58,7 +58,7 @@ def extract_texts(model: ModelReference, texts: list[str], layers: list[int], ma
     hooks = [HookPoint(layer) for layer in layers]
     found: dict[str, list[np.ndarray]] = {f"layer_{layer}": [] for layer in layers}
     owners: list[np.ndarray] = []
-    for batch in length_batches([len(item) for item in tokens], 4096):
+    for batch in length_batches([len(item) for item in tokens], CPU_BATCH_TOKENS):
         ids, mask = pad_batch([tokens[place] for place in batch], tokenizer.pad_token_id)
         used = used_positions(torch.from_numpy(mask))
         for name, value in zip(found, capture(network, torch.from_numpy(ids), torch.from_numpy(mask), hooks), strict=True):
