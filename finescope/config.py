@@ -77,7 +77,9 @@ class EmbedSection(Section):
 class ScoreSection(Section):
     """How a document's code is compared with the seeds'."""
 
-    similarity: Literal["max", "mean", "softmax"] = Field(default="mean", description="over the seeds; max is the paper's")
+    similarity: Literal["balanced", "max", "mean", "softmax"] = Field(
+        default="balanced", description="over the seeds; balanced: like all of them, alike ones count less; max is the paper's"
+    )
     temperature: float = Field(
         default=0.2, gt=0.0, description="of softmax, in units of the cosine: near zero it is max, far above one mean"
     )

@@ -11,11 +11,17 @@ class CoordinatesSection(Section):
     """Which coordinates of the activation the autoencoder sees (paper, section on top-K activation selection)."""
 
     method: Literal["jacobian", "magnitude", "variance", "pca", "random", "all"] = Field(
-        default="jacobian", description="pca: the leading principal directions instead of coordinates"
+        default="all", description="jacobian is the paper's; pca: the leading principal directions instead of coordinates"
     )
-    count: int = Field(default=128, ge=1, description="coordinates kept (paper: 128 of 4,096)")
+    count: int = Field(default=128, ge=1, description="coordinates kept, of all methods but all (paper: 128 of 4,096)")
     probes: int = Field(default=2, ge=1, le=64, description="Jacobian-vector products a document (paper: 1, 2 or 4)")
     documents: int = Field(default=32, ge=1, description="documents of the reference sample D0")
+
+    @model_validator(mode="after")
+    def _a_choice_has_a_method(self) -> "CoordinatesSection":
+        if "method" not in self.model_fields_set and (given := sorted(self.model_fields_set)):
+            raise ValueError(f"{given[0]} says nothing without a method: expected method too, such as jacobian (the paper's)")
+        return self
 
 
 class SaeVariant(Section):

@@ -87,7 +87,7 @@ def recipe_values(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         "seeds": {"path": str(root / "seeds.jsonl")},
         "sae": {
             "layer": 2,
-            "coordinates": {"count": 24, "documents": 8, "probes": 2},
+            "coordinates": {"method": "jacobian", "count": 24, "documents": 8, "probes": 2},
             "num_latents": 64,
             "k": 8,
             "num_tokens": 2000,

@@ -1,13 +1,17 @@
 """Score documents by their codes' likeness to the seeds' (paper, section on domain-specific data curation).
 
 The paper's score is s(x) = max over seeds t of cos(z(x), z(t)): `similarity: max, weighting: none`. The similarity says how
-the cosines c_t of the S seeds become one number: `max`, `mean`, or `softmax`, T log(mean over t of exp(c_t / T)), which is the
-one for a temperature T near zero and the other for a large one. The weightings change the vectors that are compared:
+the cosines c_t of the S seeds become one number: `max`, `mean`, `softmax`, T log(mean over t of exp(c_t / T)), which is the one
+for a temperature T near zero and the other for a large one, or `balanced`: the cosine with the direction that is about equally
+like all seeds, so that seeds which resemble each other do not count as often as there are of them. The weightings change the
+vectors that are compared:
 
 * `idf`: z_j * log((1 + N) / (1 + n_j)), n_j the documents of the corpus in which latent j is active;
 * `centred`: sqrt(z / sum z) less its mean over the corpus. A latent that fires on everything then says nothing;
 * `contrast`: a logistic regression (`curation/contrast.py`) on the same vectors, seeds against a sample of the corpus. The score
   is the cosine of its weights with the document; there is one direction for all seeds, so that the similarity has no say.
+
+The default is `balanced` and `centred`: the best of those measured on four domains (docs/benchmarks.md).
 """
 
 from dataclasses import dataclass
@@ -19,12 +23,14 @@ import pyarrow as pa
 from finescope.curation.codes import Codes, CorpusStatistics, normalise
 from finescope.curation.contrast import fit_contrast
 
-Similarity = Literal["max", "mean", "softmax"]
+Similarity = Literal["balanced", "max", "mean", "softmax"]
 Weighting = Literal["none", "idf", "centred", "contrast"]
 # Latents named as the reason of a score.
 TOP_LATENTS = 8
 # Roots of codes have unit norm in float32: a difference of two below it is rounding.
 _ROUNDING = 1e-6
+# Of `balanced`, beside cosines of seeds of at most 1. Of 0.02 to 1 the ranking hardly differs (docs/benchmarks.md).
+_SEED_RIDGE = 0.1
 # Documents at a time, times seeds: with 128 latents each some 100 MB of intermediate values, however large a shard is.
 _ROWS_TIMES_SEEDS = 40_960
 
@@ -65,12 +71,16 @@ class Scorer:
         self._mean = statistics.sqrt_sum / count if weighting in ("centred", "contrast") else None
         self._mean_square = 0.0 if self._mean is None else float(self._mean @ self._mean)
         self._idf = np.log((1 + count) / (1 + statistics.active)).astype(np.float32)
-        vectors = self._vectors(seeds)  # [S, num_latents]
-        self._directions = self._compared(_units(vectors).T)  # S of them
-        self._weights: _Directions | None = None  # the one direction of `contrast`
+        vectors = _units(self._vectors(seeds))  # [S, num_latents]
+        self._directions = self._compared(vectors.T)  # S of them
+        weights: np.ndarray | None = None  # the one direction of `contrast` or `balanced`
         if weighting == "contrast":
             assert background is not None
-            weights = fit_contrast(_units(vectors), _units(self._vectors(background)))
+            weights = fit_contrast(vectors, _units(self._vectors(background)))
+        elif similarity == "balanced":
+            weights = balanced(vectors)
+        self._weights: _Directions | None = None
+        if weights is not None:
             weights[np.abs(weights) < _ROUNDING] = 0.0
             self._weights = self._compared(_units(weights[None]).T)
 
@@ -144,6 +154,20 @@ class Scorer:
         counts = np.bincount(owner[kept], minlength=len(codes))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes.ids[order][kept].astype(np.int32)))
+
+
+def balanced(seeds: np.ndarray) -> np.ndarray:
+    """The w of the least sum over seeds t of (w.t - 1)^2 + `_SEED_RIDGE` |w|^2: a sum of seeds, each the less the more the others
+    are like it (ridge regression in its dual form).
+
+    Args:
+        seeds: float64 [S, num_latents], rows of at most unit length.
+
+    Returns:
+        w, float64 [num_latents].
+    """
+    likeness = seeds @ seeds.T + _SEED_RIDGE * np.eye(len(seeds))
+    return np.linalg.solve(likeness, np.ones(len(seeds))) @ seeds
 
 
 def _units(vectors: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ from finescope.sae.autoencoder import SparseAutoencoder
 from finescope.sae.coordinates import choose_coordinates
 
 CHUNK = 250  # documents
-SIMILARITIES: tuple[Similarity, ...] = ("max", "mean", "softmax")
+SIMILARITIES: tuple[Similarity, ...] = ("balanced", "max", "mean", "softmax")
 WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "contrast")
 KEEP = (16, 32, 64, 128, 256, 4096)
 _K1, _B = 1.2, 0.75  # BM25

@@ -11,7 +11,7 @@ from finescope.curation.contrast import fit_contrast
 from finescope.curation.score import TOP_LATENTS, Scored, Scorer, Similarity, Weighting
 
 WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "contrast")
-SIMILARITIES: tuple[Similarity, ...] = ("max", "mean", "softmax")
+SIMILARITIES: tuple[Similarity, ...] = ("balanced", "max", "mean", "softmax")
 TEMPERATURE = 0.2
 
 
@@ -56,6 +56,12 @@ def naive_cosines(documents: np.ndarray, seeds: np.ndarray, corpus: np.ndarray, 
     return np.where(documents.any(axis=1)[:, None], np.array(found).reshape(len(documents), len(directions)), -1.0)
 
 
+def naive_balanced(vectors: np.ndarray, seeds: np.ndarray, corpus: np.ndarray) -> np.ndarray:
+    """Cosines with the ridge regression from the seeds to ones, in its primal form; [N]."""
+    weights = np.linalg.solve(seeds.T @ seeds + 0.1 * np.eye(seeds.shape[1]), seeds.sum(axis=0))
+    return np.where(corpus.any(axis=1), [cosine(vector, weights) for vector in vectors], -1.0)
+
+
 def scored(
     documents: np.ndarray, seeds: np.ndarray, corpus: np.ndarray, weighting: Weighting, similarity: Similarity = "max"
 ) -> Scored:
@@ -94,6 +100,7 @@ def test_scores_are_the_naive_ones(weighting: Weighting, similarity: Similarity,
         "max": cosines.max(axis=1),
         "mean": cosines.mean(axis=1),
         "softmax": TEMPERATURE * np.log(np.exp(cosines / TEMPERATURE).mean(axis=1)),
+        "balanced": naive_balanced(vectors, units(naive_vectors(seeds, corpus, weighting)), corpus),
     }[similarity]
     if weighting == "contrast":
         weights = naive_weights(seeds, corpus)
@@ -145,6 +152,18 @@ def test_the_papers_score_by_hand():
     assert found.top_latents.to_pylist() == [[0], [2], [], [1, 0]]
     mean = scored(documents, seeds, documents, "none", "mean")
     assert mean.score.tolist() == pytest.approx([0.3, 0.5, 0.0, 5.5 / 101**0.5])
+
+
+def test_balanced_by_hand():
+    """Two equal seeds count little more than the one beside them: (1.1 + 1) a = 1 for each of the two, 1.1 b = 1."""
+    seeds = np.array([[1.0, 0, 0, 0, 0, 0], [5.0, 0, 0, 0, 0, 0], [0, 2.0, 0, 0, 0, 0]])
+    documents = np.array([[1.0, 0, 0, 0, 0, 0], [0, 4.0, 0, 0, 0, 0], [0, 0, 1.0, 0, 0, 0], [0, 1.0, 1.0, 0, 0, 0]])
+    found = scored(documents, seeds, documents, "none", "balanced")
+    pair, single = 2 / 2.1, 1 / 1.1
+    norm = (pair**2 + single**2) ** 0.5
+    assert found.score.tolist() == pytest.approx([pair / norm, single / norm, 0.0, single / norm / 2**0.5])
+    assert found.seed.tolist() == [0, 2, 0, 2]
+    assert found.top_latents.to_pylist() == [[0], [1], [], [1]]
 
 
 def test_idf_by_hand():

@@ -74,6 +74,7 @@ def test_a_wrong_type_says_what_was_expected_and_given(more: str, expected: tupl
         ("sae: {seed: 99999999999999999999}", "sae.seed"),
         ("sae: {layer: 0}", "sae.layer"),
         ("sae: {coordinates: {probes: 65}}", "sae.coordinates.probes"),
+        ("sae: {coordinates: {count: 64}}", "sae.coordinates"),
         ("curate: {documents: 0}", "curate.documents"),
         ("curate: {threshold: .nan}", "curate.threshold"),
         ("curate: {diversity: 1.0}", "curate.diversity"),
@@ -137,7 +138,7 @@ def test_anchors_and_merge_keys():
     ("override", "path", "expected"),
     [
         ("prune.ratio=0.5", "prune.ratio", 0.5),
-        ("sae.coordinates.count=7", "sae.coordinates.count", 7),
+        ("sae.coordinates={method: pca, count: 7}", "sae.coordinates.count", 7),
         ("output=memory://a=b", "output", "memory://a=b"),
         ("evaluate.target=[a.jsonl, b.jsonl]", "evaluate.target", ("a.jsonl", "b.jsonl")),
         ("corpus.path=one.parquet", "corpus.path", ("one.parquet",)),
