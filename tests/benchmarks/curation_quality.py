@@ -6,17 +6,17 @@
 Documents drawn at random (seed 0, not stratified), their first --max-tokens tokens; ten seeds a domain. Average precision by the
 corpus's `domain` labels, precision at R (R the documents of the domain) and at 100, and the share of each source of the domain
 among the first R. Rankings: TF-IDF and BM25 of words, MiniLM (DIRECTORY holds its Hugging Face files), z-scored means of the raw
-activations, and `finescope.curation` itself on dictionaries trained by `finescope.sae` at the recipe's defaults, under every
-weighting and similarity, and for several `keep_latents`. Activations, the dear part, are kept in WORK by chunks of documents: a
-run that is killed goes on with the next chunk.
+activations (these two under `balanced` too), and `finescope.curation` itself on dictionaries trained by `finescope.sae` at the
+recipe's defaults, under every weighting and similarity, and for several `keep_latents`. Activations, the dear part, are kept in
+WORK by chunks of documents: a run that is killed goes on with the next chunk. The means so far go to standard error.
 """
 
 import argparse
 import glob
 import json
 import re
+import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from finescope.config import ScoreSection
 from finescope.config_sae import SaeSection
 from finescope.curation.codes import Codes, CorpusStatistics
 from finescope.curation.contrast import drawn
-from finescope.curation.score import Scorer, Similarity, Weighting
+from finescope.curation.score import Scorer, Similarity, Weighting, balanced
 from finescope.models.hooks import HookPoint
 from finescope.models.load import ModelReference, load_model
 from finescope.sae.autoencoder import SparseAutoencoder
@@ -41,6 +41,7 @@ from finescope.sae.coordinates import choose_coordinates
 CHUNK = 250  # documents
 SIMILARITIES: tuple[Similarity, ...] = ("balanced", "max", "mean", "softmax")
 WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "contrast")
+DENSE = ("max", "mean", "balanced")  # similarities of the baselines
 KEEP = (16, 32, 64, 128, 256, 4096)
 _K1, _B = 1.2, 0.75  # BM25
 
@@ -88,11 +89,17 @@ def judged(score: Callable[[int], np.ndarray], sample: Sample, by_source: bool =
 
 
 def cosines(pooled: Pooled) -> Callable[[str], Callable[[int], np.ndarray]]:
-    """Scores of dense vectors: max or mean over the seeds."""
+    """Scores of dense vectors: max or mean over the seeds, or `balanced`."""
     units = [vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) for vectors in pooled]
 
     def similarity(kind: str) -> Callable[[int], np.ndarray]:
-        return lambda number: getattr(units[0] @ units[1][10 * number : 10 * number + 10].T, kind)(axis=1)
+        def score(number: int) -> np.ndarray:
+            seeds = units[1][10 * number : 10 * number + 10]
+            if kind == "balanced":
+                return units[0] @ balanced(seeds.astype(np.float64))
+            return getattr(units[0] @ seeds.T, kind)(axis=1)
+
+        return score
 
     return similarity
 
@@ -227,19 +234,17 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=12_000)
     parser.add_argument("--layer", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--coordinates", nargs="+", default=["jacobian", "random", "all"])
+    parser.add_argument("--coordinates", nargs="+", default=["all", "jacobian", "random"])
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     sample = read_sample(arguments.corpus, arguments.seeds, arguments.documents)
-    found: dict[str, Any] = lexical(sample)
+    found: dict[str, dict[str, Any]] = lexical(sample)
     if arguments.minilm:
-        found["minilm/max"], found["minilm/mean"] = (
-            judged(cosines(minilm(arguments.minilm, sample))(kind), sample) for kind in ("max", "mean")
-        )
+        vectors = minilm(arguments.minilm, sample)
+        found |= {f"minilm/{kind}": judged(cosines(vectors)(kind), sample) for kind in DENSE}
     with tempfile.TemporaryDirectory() as folder:
-        model, began = reference(folder), time.perf_counter()
+        model = reference(folder)
         parts, seeds = activations(arguments.work, model, sample, arguments.layer, arguments.max_tokens)
-        found["extraction_s"] = time.perf_counter() - began
 
         def pool(encode: Callable[[np.ndarray], np.ndarray], width: int) -> Pooled:
             return Pooled(np.concatenate([pooled_by(path, encode, width) for path in parts]), pooled_by(seeds, encode, width))
@@ -247,7 +252,7 @@ def main() -> None:
         raw = pool(lambda values: values, np.load(seeds)["values"].shape[1])
         mean, deviation = raw.documents.mean(axis=0), raw.documents.std(axis=0)
         standard = Pooled(*((vectors - mean) / deviation for vectors in raw))
-        found |= {f"raw_z/{kind}": judged(cosines(standard)(kind), sample) for kind in ("max", "mean")}
+        found |= {f"raw_z/{kind}": judged(cosines(standard)(kind), sample) for kind in DENSE}
         network = load_model(model, num_layers=arguments.layer)
         first = first_batches(model, sample.texts[:32], arguments.max_tokens)
         for method in arguments.coordinates:
@@ -255,12 +260,13 @@ def main() -> None:
             with torch.no_grad():
                 codes = pool(lambda v, a=autoencoder: a.encode(torch.from_numpy(v)).numpy(), autoencoder.num_latents)
             for weighting in WEIGHTINGS:
-                for similarity in SIMILARITIES:
+                for similarity in SIMILARITIES if weighting != "contrast" else SIMILARITIES[:1]:
                     found[f"{method}/{similarity}/{weighting}"] = scores(codes, 128, similarity, weighting, sample)
             default = ScoreSection()
             for keep in KEEP:
                 figures = scores(codes, keep, default.similarity, default.weighting, sample, by_source=keep == 128)
                 found[f"{method}/default/keep_{keep}"] = figures
+            print({name: row["mean"] for name, row in found.items()}, file=sys.stderr, flush=True)
     print(json.dumps({"documents": len(sample.texts), "max_tokens": arguments.max_tokens, "rankings": found}))
 
 

@@ -5,12 +5,14 @@
 The limit is the first blocks of SmolLM2-135M alone on the same documents, tokenised beforehand, sorted by length over all of
 them, in the batches of `--forward-tokens`. Against it: the worker of the step over units of the corpus in a Ray Data pool, from
 files on storage to shards and records on storage, timed from the first unit that is done to the last. One thread each; medians
-of alternating rounds; ratios of documents a second. `cpu`: the same by the CPU seconds of the process that computes, all of its
-threads: what a machine that is shared with other work distorts less.
+of alternating rounds; ratios of documents a second. What two actors can be to one is what two processes of the bare forward
+pass are to one on the same cores, measured beside them (`forward_two`). `cpu`: the same by the CPU seconds of the process that
+computes, all of its threads: what a machine that is shared with other work distorts less.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -106,6 +108,26 @@ def forward_alone(
     return run
 
 
+def forward_by_two(pool: Any, alone: tuple[Any, ...]) -> Seconds:
+    """Seconds a document when two processes do all of the bare forward pass each, at the same time."""
+    began = time.perf_counter()
+    found = pool.map(_forward_again, [alone, alone], chunksize=1)
+    # Wall clock of both together; each of them did all documents.
+    return (time.perf_counter() - began) / sum(count for _, count in found), sum(cpu for cpu, _ in found) / 2
+
+
+_forward: dict[str, Callable[[], Seconds]] = {}
+
+
+def _forward_again(alone: tuple[Any, ...]) -> tuple[float, int]:
+    """CPU seconds a document, and the documents. What a process made the first time it keeps."""
+    torch.set_num_threads(1)
+    if "forward" not in _forward:
+        _forward["forward"] = forward_alone(*alone)
+    _, cpu = _forward["forward"]()
+    return cpu, sum(unit["take"] for unit in alone[2][1:])
+
+
 def through_ray(arguments: tuple[Any, ...], units: list[dict[str, Any]], actors: int) -> Seconds:
     """Seconds a document from the first unit that is done, or with several actors the first of each, to the last."""
     folder = Path(arguments[-1])
@@ -155,6 +177,11 @@ def main() -> None:
         rounds: dict[str, Callable[[], Seconds]] = {}
         for size in arguments.forward_tokens:
             rounds[f"forward_{size}"] = forward_alone(model, corpus, units, arguments.layer, arguments.max_tokens, size)
+        context = multiprocessing.get_context("spawn")
+        pool = context.Pool(2)
+        alone = (model, corpus, units, arguments.layer, arguments.max_tokens, min(arguments.forward_tokens))
+        forward_by_two(pool, alone)  # loads the model in both
+        rounds["forward_two"] = lambda: forward_by_two(pool, alone)
         for actors in arguments.actors:
             rounds[f"actors_{actors}"] = lambda actors=actors: through_ray(work, units, actors)
         seconds: dict[str, list[Seconds]] = {name: [] for name in rounds}
@@ -162,14 +189,16 @@ def main() -> None:
             for name, run in rounds.items():
                 seconds[name].append(run())
         ray.shutdown()
+        pool.terminate()
     found: dict[str, Any] = {"cpus": os.cpu_count(), "documents": sum(unit["take"] for unit in units)}
     for number, clock in enumerate(("wall", "cpu")):
         speed = {name: 1 / statistics.median(times[number] for times in rows) for name, rows in seconds.items()}
-        best = max(value for name, value in speed.items() if name.startswith("forward"))
+        best = max(value for name, value in speed.items() if name.startswith("forward") and name != "forward_two")
         ratios = {name: value / best for name, value in speed.items()}
         found[clock] = {"documents_per_second": speed, "to_forward": ratios}
     if len(arguments.actors) > 1:
         speed = found["wall"]["documents_per_second"]
+        found["two_forwards_to_one"] = speed["forward_two"] / speed[f"forward_{min(arguments.forward_tokens)}"]
         found["two_actors_to_one"] = speed[f"actors_{arguments.actors[1]}"] / speed[f"actors_{arguments.actors[0]}"]
     print(json.dumps({**found, "seconds_per_document": seconds}, indent=2))
 
