@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finescope import storage
+from finescope import directories, storage
 
 DONE = "done.json"
 KEPT = 2
@@ -20,11 +20,11 @@ def save(uri: str, step: int, record: Mapping[str, Any], write: Callable[[Path],
     only the `first` of them puts files.
     """
     target = _place(uri, step)
-    with storage.scratch_directory(target) as directory:
+    with directories.scratch_directory(target) as directory:
         directory.mkdir(parents=True)
         write(directory)
         if first:
-            storage.put_tree(directory, target)
+            directories.put_tree(directory, target)
             storage.put_json(storage.join(target, DONE), dict(record))
             for old in complete_steps(uri)[KEPT:]:
                 # The record first: a checkpoint that is half gone must not count.
@@ -40,7 +40,7 @@ def read_record(uri: str, step: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def files_of(uri: str, step: int) -> Iterator[Path]:
     """The files of a complete checkpoint, in a local directory for as long as the context lasts."""
-    with storage.local_directory(_place(uri, step)) as directory:
+    with directories.local_directory(_place(uri, step)) as directory:
         yield directory
 
 

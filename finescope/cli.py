@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 # Packages whose errors are neither OSError nor ours: no credentials, no such profile, no address.
-_STORE_CLIENTS = ("botocore", "google", "azure")
+_STORE_CLIENTS = ("botocore", "google", "azure", "httpx", "httpx2")
 
 RecipePath = Annotated[str, typer.Argument(help="recipe file (YAML)", metavar="RECIPE")]
 RunPath = Annotated[str, typer.Argument(help="a run's output: a directory or an fsspec URI", metavar="RUN")]

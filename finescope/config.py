@@ -32,7 +32,8 @@ class CorpusSection(Section):
     """Where the documents are and what their text is."""
 
     path: tuple[str, ...] = Field(
-        description="globs and fsspec URIs: parquet, jsonl(.gz .zst), csv, txt; {output} is the run's", min_length=1
+        description="globs and fsspec URIs: parquet, jsonl(.gz .zst), csv, txt; hf://datasets/OWNER/NAME; {output} is the run's",
+        min_length=1,
     )
     format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = Field(default="auto", description="auto: by file name")
     id: str | None = Field(default=None, description="column of unique ids; null: a hash of file, row group, row and text")

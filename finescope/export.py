@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.analysis.frames import manifests_of
 from finescope.errors import UserError
 from finescope.manifest import Manifest, domains_of, of_domain
@@ -50,9 +50,12 @@ def _export_student(run: str, manifests: Mapping[str, Manifest], target: str) ->
     step = next((name for name in ("distill", "prune") if name in manifests), None)
     if step is None:
         raise UserError(f"the run at '{run}' has no student yet: neither 'distill' nor 'prune' is done")
-    with storage.local_directory(storage.join(manifests[step].uri, "model")) as model, storage.scratch_directory(target) as copy:
+    with (
+        directories.local_directory(storage.join(manifests[step].uri, "model")) as model,
+        directories.scratch_directory(target) as copy,
+    ):
         shutil.copytree(model, copy)
-        storage.put_tree(copy, target)
+        directories.put_tree(copy, target)
     return target
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import socket
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from finescope import storage
 from finescope.errors import UserError
+from finescope.processes import is_alive
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -97,15 +97,7 @@ class StepState(Record):
     @property
     def alive(self) -> bool:
         """Whether the driver that runs it is a living process of this machine."""
-        if self.state != "running" or self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+        return self.state == "running" and self.host == socket.gethostname() and is_alive(self.pid)
 
 
 class RunRecord(Record):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.errors import StepFailed, UserError
 from finescope.manifest import (
     Claim,
@@ -121,8 +121,8 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
     _refuse_second_driver(step, output, name)
     if not claimed:
         write_claim(uri, Claim(step=step.name, identity=step.identity, version=step.version))
-    storage.delete_temporaries(output, below=False)
-    storage.delete_temporaries(uri)
+    directories.delete_temporaries(output, below=False)
+    directories.delete_temporaries(uri)
     started, clock = now(), time.monotonic()
     state = StepState(
         state="running", path=name, identity=step.identity, started=started, host=socket.gethostname(), pid=os.getpid()
@@ -139,7 +139,7 @@ def run(step: Step, output: str, function: Callable[[StepInput], Outcome]) -> Ma
             mark(output, step.label, state.model_copy(update={"state": "failed", "finished": now(), "error": reason}))
         raise
     # Workers that were lost meanwhile, and done again, left theirs.
-    storage.delete_temporaries(uri)
+    directories.delete_temporaries(uri)
     manifest = Manifest(
         step=step.name,
         domain=step.domain,

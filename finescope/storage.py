@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azu
 # Written beside a file while it is being made; no reader ever lists names that begin so.
 TEMPORARY_PREFIX = ".tmp-"
 _MAGIC = re.compile(r"[*?\[]")
+# A file of a commit on the Hugging Face hub. It never changes, and to ask anew means to list its directory.
+_OF_COMMIT = re.compile(r"hf://[^@]+@[0-9a-f]{40}/")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def info(uri: str) -> FileInfo:
         FileNotFoundError: it is not there.
     """
     fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
+    if not _OF_COMMIT.match(uri):
+        fs.invalidate_cache(path)
     return _file_info(fs, uri, fs.info(path))
 
 
@@ -157,7 +159,7 @@ def put_bytes(uri: str, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def read_json(uri: str) -> Any:
@@ -185,71 +187,11 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(file).read(columns=columns)
 
 
-def put_tree(local_directory: Path, uri: str) -> None:
-    """Put a directory's files at `uri`, replacing what an earlier attempt left there.
-
-    On a local disk the directory is renamed into place and so appears whole. On an object store the files appear one
-    by one, so that the record of the step, written after this returns, is what makes them count.
-    """
-    fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
-    if isinstance(fs, LocalFileSystem):
-        _sync_tree(local_directory)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(str(local_directory), path)
-        _sync_directory(Path(path).parent)
-        return
-    for file in sorted(local_directory.rglob("*")):
-        if file.is_file():
-            put_bytes(join(uri, file.relative_to(local_directory).as_posix()), file.read_bytes())
-
-
-@contextlib.contextmanager
-def scratch_directory(uri: str) -> Iterator[Path]:
-    """A local directory to build something in that `put_tree` then moves to `uri`: on the same disk where it can be."""
-    if is_local(uri):
-        parent = Path(filesystem(uri)[1]).parent
-        parent.mkdir(parents=True, exist_ok=True)
-        root = tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=parent)
-    else:
-        root = tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)
-    try:
-        yield Path(root) / "tree"
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def local_directory(uri: str) -> Iterator[Path]:
-    """A local path with the contents of directory `uri`: itself, or a temporary copy that ends with the context."""
-    if is_local(uri):
-        yield Path(filesystem(uri)[1])
-        return
-    fs, path = filesystem(uri)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as root:
-        for file in fs.find(path):
-            target = Path(root) / str(file)[len(path) :].lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(file, str(target))
-        yield Path(root)
-
-
 def delete(uri: str) -> None:
     """Remove a file or a directory with all it holds, where it is there."""
     fs, path = filesystem(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)
-
-
-def delete_temporaries(directory: str, below: bool = True) -> None:
-    """Remove what writers that were killed left in a local directory and, if `below`, in the directories in it."""
-    if is_local(directory):
-        for leftover in Path(filesystem(directory)[1]).glob(f"{'**/' if below else ''}{TEMPORARY_PREFIX}*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
 
 
 def free_bytes(uri: str) -> int | None:
@@ -284,16 +226,9 @@ def _file_info(fs: AbstractFileSystem, uri: str, entry: dict[str, Any]) -> FileI
     return FileInfo(uri, None if entry["size"] is None else int(entry["size"]), etag_of(entry))
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_tree(root: Path) -> None:
-    for file in filter(Path.is_file, root.rglob("*")):
-        file.chmod(file.stat().st_mode | 0o044)  # libraries may leave files to their owner alone; workers must read them
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())

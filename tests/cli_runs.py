@@ -68,11 +68,13 @@ def write_recipe(path: Path, values: dict[str, Any]) -> str:
     return str(path)
 
 
-def start(arguments: Sequence[str], code: str = "from finescope.cli import main; main()") -> "subprocess.Popen[str]":
-    """Python code, by default the command line, in a process of its own."""
+def start(
+    arguments: Sequence[str], code: str = "from finescope.cli import main; main()", **variables: str
+) -> "subprocess.Popen[str]":
+    """Python code, by default the command line, in a process of its own, with these variables in its environment."""
     command = [sys.executable, "-c", code, *arguments]
     # One thread, as in the run that it is compared with: sums of floats depend on their number.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
 

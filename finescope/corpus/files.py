@@ -7,6 +7,7 @@ from typing import Literal
 
 from finescope import storage
 from finescope.config import CorpusSection
+from finescope.corpus import hub
 from finescope.errors import CorpusError
 from finescope.storage import FileInfo
 
@@ -50,14 +51,16 @@ def resolve(section: CorpusSection) -> list[CorpusFile]:
 def resolve_paths(patterns: Sequence[str], format: str, field: str) -> list[CorpusFile]:
     """As `resolve`, for the recipe's field `field`; `format` is a Format or "auto".
 
-    In a directory with format "auto" files of other kinds (a README, a licence) are left out, with a warning.
+    In a directory with format "auto" files of other kinds (a README, a licence) are left out, with a warning. What is on the
+    Hugging Face hub is listed at the commit that it has now (`hub.pinned`).
     """
     files: dict[str, CorpusFile] = {}
     for pattern in patterns:
-        found = storage.glob(pattern)
+        place = hub.pinned(pattern, format, field) if hub.is_dataset(pattern) else pattern
+        found = storage.glob(place)
         if not found:
             raise CorpusError(f"{field}: no file matches '{pattern}'")
-        if format == "auto" and _is_directory(pattern):
+        if format == "auto" and _is_directory(place):
             found = _data_files(found, pattern, field)
         for info in found:
             files.setdefault(info.path, CorpusFile(info, *format_of(info.path, format, field)))

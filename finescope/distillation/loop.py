@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from finescope import schemas, storage
+from finescope import directories, schemas, storage
 from finescope.config import DistillSection
 from finescope.distillation import checkpoint
 from finescope.distillation.checkpoint import Cursor
@@ -82,12 +82,12 @@ def train(job: TrainJob, engine_factory: EngineFactory, progress: Callable[[int]
         StepFailed: nothing to train on, or losses or gradients that stay non-finite.
     """
     training, section = plan(job), job.section
-    with storage.local_directory(job.student) as directory:
+    with directories.local_directory(job.student) as directory:
         torch.manual_seed(section.seed)
         student = load_student(Path(directory), section.method, section.rank, section.seed)
         engine = engine_factory(student, OptimizerSettings(section.weight_decay, section.max_grad_norm))
         if engine.rank == 0:
-            storage.delete_temporaries(job.checkpoints)
+            directories.delete_temporaries(job.checkpoints)
         identity = _fingerprint(job, training)
         cursor = checkpoint.load_newest(engine, job.checkpoints, identity) or Cursor(identity, 0, 0, 0, 0, ())
         if cursor.step and engine.rank == 0:
@@ -167,11 +167,11 @@ def _write(job: TrainJob, engine: Engine, cursor: Cursor, student: Path) -> None
     weights = engine.trainable()
     if engine.rank == 0:
         storage.put_parquet(storage.join(job.output, "metrics", "part-00000.parquet"), metrics_table(cursor.metrics))
-        with storage.scratch_directory(storage.join(job.output, "model")) as scratch:
+        with directories.scratch_directory(storage.join(job.output, "model")) as scratch:
             save_student(student, weights, job.section.method, job.section.rank, job.student, scratch)
             for name in ("adapter", "model"):
                 if (scratch / name).is_dir():
-                    storage.put_tree(scratch / name, storage.join(job.output, name))
+                    directories.put_tree(scratch / name, storage.join(job.output, name))
     engine.sum([0.0])  # a barrier: no process ends before the result is there
 
 

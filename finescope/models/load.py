@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.config import ModelSection
 from finescope.errors import ModelError
 from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
@@ -191,7 +191,12 @@ def _source_config(source: ModelSource, trust_remote_code: bool) -> PreTrainedCo
 def _dequantise(gguf: str, uri: str, config: PreTrainedConfig, dtype: str) -> None:
     """GGUF file to a stock directory: config.json, generation_config.json, tokenizer, one safetensors file."""
     # The progress bar of this one obeys no setting.
-    with local_gguf(gguf) as file, _quiet(), contextlib.redirect_stderr(io.StringIO()), storage.scratch_directory(uri) as target:
+    with (
+        local_gguf(gguf) as file,
+        _quiet(),
+        contextlib.redirect_stderr(io.StringIO()),
+        directories.scratch_directory(uri) as target,
+    ):
         folder, name = str(file.parent), file.name
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -205,7 +210,7 @@ def _dequantise(gguf: str, uri: str, config: PreTrainedConfig, dtype: str) -> No
         for leftover in ("is_local", "local_files_only"):
             tokenizer.init_kwargs.pop(leftover, None)
         tokenizer.save_pretrained(target)
-        storage.put_tree(target, uri)
+        directories.put_tree(target, uri)
 
 
 def _truncated(config: PreTrainedConfig, num_layers: int, reference: ModelReference) -> PreTrainedConfig:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from finescope import storage
+from finescope import directories, storage
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 
@@ -17,7 +17,7 @@ def local_files(path: str, *, weights: bool) -> Iterator[str]:
     if "://" not in path:
         yield path
     elif weights:
-        with storage.local_directory(path) as local:
+        with directories.local_directory(path) as local:
             yield str(local)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.errors import DictionaryError
 from finescope.models.hooks import hook_width
 from finescope.models.load import ModelReference, load_meta_model
@@ -18,11 +18,11 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".npz")
 def save_dictionary(uri: str, dictionary: Dictionary) -> None:
     """Write the dictionary to directory `uri`, replacing what is there."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.autoencoder.state_dict().items()}
-    with storage.scratch_directory(uri) as folder:
+    with directories.scratch_directory(uri) as folder:
         folder.mkdir(parents=True)
         save_file(weights, folder / _WEIGHTS)
         (folder / _RECORD).write_text(record_of(dictionary).model_dump_json(indent=2) + "\n")
-        storage.put_tree(folder, uri)
+        directories.put_tree(folder, uri)
 
 
 def load_dictionary(uri: str, device: torch.device | str = "cpu") -> Dictionary:

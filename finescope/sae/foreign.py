@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.errors import DictionaryError
 from finescope.models.hooks import HookPoint
 from finescope.sae.autoencoder import Architecture, SparseAutoencoder
@@ -201,7 +201,7 @@ def read_tensors(uri: str, name: str) -> dict[str, Tensor]:
     Raises:
         DictionaryError: it is missing or damaged.
     """
-    with storage.local_directory(uri) as folder:
+    with directories.local_directory(uri) as folder:
         try:
             return load_file(Path(folder) / name)
         except (OSError, SafetensorError) as error:

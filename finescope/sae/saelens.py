@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finescope import storage
+from finescope import directories
 from finescope.errors import DictionaryError
 from finescope.sae.autoencoder import Architecture
 from finescope.sae.foreign import WideWeights, checked, full_width, kept_of, narrow, read_config, read_tensors, widen
@@ -61,11 +61,11 @@ def save_saelens(uri: str, dictionary: Dictionary) -> str:
         "hook_name": lens_name(dictionary.hook),
         "finescope": kept_of(dictionary),
     }
-    with storage.scratch_directory(uri) as folder:
+    with directories.scratch_directory(uri) as folder:
         folder.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config) + "\n")
-        storage.put_tree(folder, uri)
+        directories.put_tree(folder, uri)
     return uri
 
 

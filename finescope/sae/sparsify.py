@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.errors import DictionaryError
 from finescope.sae.foreign import WideWeights, checked, full_width, kept_of, narrow, read_config, read_tensors, widen
 from finescope.sae.hook_names import hook_of, module_name, require_hook
@@ -54,7 +54,7 @@ def save_sparsify(uri: str, dictionary: Dictionary) -> str:
         "W_dec": wide.decoder,
         "b_dec": wide.decoder_bias,
     }
-    with storage.scratch_directory(uri) as root:
+    with directories.scratch_directory(uri) as root:
         folder = root / name
         folder.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
@@ -62,7 +62,7 @@ def save_sparsify(uri: str, dictionary: Dictionary) -> str:
         (folder / _KEPT).write_text(json.dumps(kept_of(dictionary)) + "\n")
         run = {"model": dictionary.model_path, "revision": dictionary.model_revision, "hookpoints": [name]}
         (root / _RUN).write_text(json.dumps(run, indent=2) + "\n")
-        storage.put_tree(root, uri)
+        directories.put_tree(root, uri)
     return storage.join(uri, name)
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 from finescope import schemas, storage
 from finescope.config import CorpusSection
 from finescope.corpus.files import CorpusFile, common_directory, format_of, resolve
+from finescope.corpus.hub import commits_of
 from finescope.corpus.shapes import recognise, shaped
 from finescope.corpus.units import Inspection, inspect_range, num_ranges, range_bytes
 from finescope.errors import CorpusError, StepFailed
@@ -94,6 +95,7 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
     facts = {
         "files": len(files),
         "directory": common_directory(files),
+        "commits": commits_of(file.info.path for file in files),
         "documents": rows if section.limit is None else min(rows, section.limit),
         "shape": shape and shape._asdict(),
     }

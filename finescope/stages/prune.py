@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.config import CorpusSection, PruneSection
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
 from finescope.models.anatomy import anatomy_of
@@ -74,13 +74,13 @@ def _prune(job: _Job, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
         ids, mask = pad_batch([tokens[index] for index in batch], tokenizer.pad_token_id)
         batches.append((torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)))
     result = prune_model(model, anatomy_of(model), job.section, batches, progress)
-    with storage.scratch_directory(job.uri) as local:
+    with directories.scratch_directory(job.uri) as local:
         result.student.save_pretrained(local)
         tokenizer.save_pretrained(local)
         summary = {key: value for key, value in result.summary.items() if key != "refits"}
         (local / "README.md").write_text(model_card(job.model, job.source, "pruned", summary), encoding="utf-8")
         verified = verify_saved(local, result.student, batches[0][0][:1, :32])
-        storage.put_tree(local, job.uri)
+        directories.put_tree(local, job.uri)
     return result.importance, {
         **result.summary,
         "reload": verified._asdict(),

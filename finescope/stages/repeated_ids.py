@@ -4,7 +4,7 @@ from pathlib import Path
 
 import polars as pl
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.analysis.frames import scan
 
 # Ids that are grouped in memory at a time, some 100 bytes each.
@@ -24,7 +24,7 @@ def repeated_ids(directory: str, at_once: int = _IDS_AT_ONCE) -> tuple[int, list
     parts = -(-int(ids.select(pl.len()).collect().item()) // at_once)
     if parts <= 1:
         return _repeated([ids])
-    with storage.scratch_directory(directory) as folder:
+    with directories.scratch_directory(directory) as folder:
         key = (pl.col("id").hash() % parts).alias("part")
         ids.sink_parquet(pl.PartitionBy(folder, key=key, include_key=False), mkdir=True)
         return _repeated([scan(part) for part in _parts(folder)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from finescope import schemas, storage
+from finescope import directories, schemas, storage
 from finescope.config import CorpusSection, SaeSection
 from finescope.errors import StepFailed
 from finescope.manifest import TableFile
@@ -115,7 +115,7 @@ def _train(
     if not storage.exists(record_uri):
         cache = storage.join(step.uri.rpartition("/")[0], f"activations-{stream}") if section.cache else None
         if cache is not None:
-            storage.delete_temporaries(cache)
+            directories.delete_temporaries(cache)
         source = Source(
             Extractor,
             (model, corpus, section.max_tokens, sites, cache),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from finescope import storage
+from finescope import directories, storage
 from finescope.errors import CorpusError, ResourceError
 
 
@@ -89,7 +89,7 @@ def test_a_killed_write_leaves_nothing_in_a_table(tmp_path: Path, monkeypatch: p
     left = [file for file in files_below(step) if Path(file).name.startswith(storage.TEMPORARY_PREFIX)]
     assert len(left) == 2
     (step / "model" / f"{storage.TEMPORARY_PREFIX}tree" / "deep").mkdir(parents=True)
-    storage.delete_temporaries(str(step))
+    directories.delete_temporaries(str(step))
     assert files_below(step) == ["embeddings/part-0.parquet"]
     assert list((step / "model").iterdir()) == []
 
@@ -106,38 +106,12 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     assert calls == ["sync", "rename", "sync"], "the file, its name, the directory that holds the name"
 
 
-def test_put_tree_replaces_what_was_there(root: str):
-    target = storage.join(root, "step", "model")
-    for contents in ({"a.bin": b"1", "deep/b.bin": b"2"}, {"deep/c.bin": b"3"}):
-        with storage.scratch_directory(target) as scratch:
-            for name, data in contents.items():
-                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-                (scratch / name).write_bytes(data)
-            storage.put_tree(scratch, target)
-        assert tails(storage.glob(target), target) == sorted(contents)
-        with storage.local_directory(target) as local:
-            assert {name: (local / name).read_bytes() for name in files_below(local)} == contents
-    assert len(storage.glob(root)) == 1, "no scratch directory is left"
-
-
-def test_scratch_is_removed_after_an_error(tmp_path: Path):
-    def build() -> None:
-        with storage.scratch_directory(str(tmp_path / "model")) as scratch:
-            scratch.mkdir()
-            (scratch / "half").write_bytes(b"1")
-            raise RuntimeError("boom")
-
-    with pytest.raises(RuntimeError, match="boom"):
-        build()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_delete(root: str):
     storage.put_bytes(storage.join(root, "d", "deep", "a"), b"1")
     storage.delete(storage.join(root, "nothing"))
     storage.delete(storage.join(root, "d"))
     assert not storage.exists(storage.join(root, "d", "deep", "a"))
-    storage.delete_temporaries(storage.join(root, "nothing"))
+    directories.delete_temporaries(storage.join(root, "nothing"))
 
 
 def test_glob_sorts_and_leaves_hidden_files_out(root: str):
