@@ -7,6 +7,7 @@ import importlib.util
 import json as json_
 import math
 import os
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from finescope.config import Recipe
 from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
 from finescope.corpus.shapes import recognise, shaped
+from finescope.curation.near_duplicates import SKETCH_BYTES
+from finescope.curation.select import POOL, with_spare
 from finescope.errors import ResourceError
 from finescope.manifest import Manifest, step_and_domain
 from finescope.models.load import load_meta_model
@@ -44,6 +47,7 @@ class Cost:
     memory_bytes: int  # of the largest process
     disk_bytes: int
     done: bool = False
+    scratch_bytes: int = 0  # on this machine, until the step is done
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,7 @@ def check_resources(recipe: Recipe) -> None:
         raise ResourceError(
             "distill.zero_stage 1 to 3 needs DeepSpeed under the ray runner: pip install 'finescope[deepspeed]', or set it to 0"
         )
-    free = storage.free_bytes(storage.absolute(recipe.output))
-    disk = sum(cost.disk_bytes for cost in left)
-    if free is not None and disk > free:
-        raise ResourceError(
-            f"output: '{recipe.output}' has {_gb(free)} free; the plan needs about {_gb(disk)} (`finescope plan`)"
-        )
+    _check_disk(recipe.output, left)
     joined = recipe.compute.runner == "ray" and (recipe.compute.address or os.environ.get("RAY_ADDRESS"))
     most = max(left, key=lambda cost: cost.memory_bytes, default=None)
     available = available_memory()
@@ -113,6 +112,17 @@ def check_resources(recipe: Recipe) -> None:
             f"step '{most.step}' needs about {_gb(most.memory_bytes)} of memory; {_gb(available)} are available "
             "(`finescope plan`)"
         )
+
+
+def _check_disk(output: str, left: list[Cost]) -> None:
+    """What stays goes to the output; what a step puts by meanwhile too where that is a local disk, else to temporary files."""
+    disk, scratch = sum(cost.disk_bytes for cost in left), max((cost.scratch_bytes for cost in left), default=0)
+    place, needed, free = f"output: '{output}'", disk + scratch, storage.free_bytes(storage.absolute(output))
+    if free is None:
+        temporary = tempfile.gettempdir()
+        place, needed, free = f"TMPDIR: '{temporary}'", scratch, storage.free_bytes(temporary)
+    if free is not None and needed > free:
+        raise ResourceError(f"{place} has {_gb(free)} free; the plan needs about {_gb(needed)} (`finescope plan`)")
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
@@ -146,7 +156,8 @@ def show(recipe: Recipe, as_json: bool) -> None:
         for cost in planned:
             state = "done" if cost.done else "to do"
             flops = f"{cost.flops:.1e}" if cost.flops else "-"
-            sizes = (f"{cost.documents:,}", f"{cost.tokens:,}", flops, _gb(cost.memory_bytes), _gb(cost.disk_bytes))
+            disk = cost.disk_bytes + cost.scratch_bytes
+            sizes = (f"{cost.documents:,}", f"{cost.tokens:,}", flops, _gb(cost.memory_bytes), _gb(disk))
             table.add_row(cost.step, state, *sizes)
         Console(width=100).print(table)
     check_resources(recipe)
@@ -179,7 +190,6 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]
     activations = 4 * coordinates * len(layers)  # bytes of one, at every layer
     buffer = min(int(sae.buffer_mib * 2**20), activations * trained)
     row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents
-    curated = _curated(recipe, corpus)
     # Of a training step: the encoder's product; what its active latents cost is little beside it (not of relu_l1 and jumprelu).
     sae_flops = trained * (2 * deepest + in_training * sae.epochs)
     return [
@@ -202,8 +212,16 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]
             corpus.documents * row,
         ),
         Cost("score", corpus.documents, 0, 0.0, _PROCESS, corpus.documents * _ROW_BYTES),
-        Cost("curate", curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes)),
+        _curate_cost(recipe, corpus),
     ]
+
+
+def _curate_cost(recipe: Recipe, corpus: Corpus) -> Cost:
+    """`curate`: what it keeps, and what it reads and puts by to choose from."""
+    section, curated = recipe.curate, _curated(recipe, corpus)
+    read = min(corpus.documents, with_spare(curated * POOL if section.diversity else curated))
+    row = corpus.mean_bytes + SKETCH_BYTES * section.drops_near_duplicates
+    return Cost("curate", curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes), scratch_bytes=int(read * row))
 
 
 def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:

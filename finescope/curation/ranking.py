@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import polars as pl
@@ -32,34 +32,65 @@ _Read = TypeVar("_Read")
 _Counted = tuple[np.ndarray, np.ndarray]  # keys int64 [N], lengths int32 [N]
 
 
+class Eligible(NamedTuple):
+    """Which rows are ranked; None: all."""
+
+    threshold: float | None = None  # the lowest score
+    seeds: frozenset[int] | None = None  # the nearest seed is one of these
+
+    @property
+    def columns(self) -> list[str]:
+        """What `mask` looks at."""
+        return ["score"] if self.seeds is None else ["score", "seed"]
+
+    def mask(self, table: pa.Table) -> np.ndarray | None:
+        """Which rows are ranked, bool [N]; None: all."""
+        masks = []
+        if self.threshold is not None:
+            masks.append(table.column("score").to_numpy() >= np.float32(self.threshold))
+        if self.seeds is not None:
+            masks.append(np.isin(table.column("seed").to_numpy(), sorted(self.seeds)))
+        return np.logical_and.reduce(masks) if masks else None
+
+
 @dataclass(frozen=True)
 class Ranking:
-    """All scored documents that reach a threshold, as counts by score; `best` reads them."""
+    """All scored documents that are eligible, as counts by score; `best` reads them."""
 
     files: tuple[str, ...]  # shards of the `scores` table
-    threshold: float | None
+    eligible: Eligible
     documents: np.ndarray  # int64 [2 ** _KEY_BITS], by the leading bits of the score, lowest score first
     tokens: np.ndarray  # int64 [2 ** _KEY_BITS]: their tokens as `embed` counted them
 
     @classmethod
-    def of(cls, files: Sequence[str], threshold: float | None) -> "Ranking":
-        """Count the rows of `files` whose score is at least `threshold`. The first pass."""
+    def of(cls, files: Sequence[str], eligible: Eligible) -> "Ranking":
+        """Count the rows of `files` that are eligible. The first pass."""
         documents, tokens = np.zeros(2**_KEY_BITS, np.int64), np.zeros(2**_KEY_BITS, np.int64)
-        for keys, lengths in _at_least_rows(_in_order(lambda path: _counted(path, threshold), files), _ROWS_AT_A_TIME):
+        for keys, lengths in _at_least_rows(_in_order(lambda path: _counted(path, eligible), files), _ROWS_AT_A_TIME):
             documents += np.bincount(keys, minlength=len(documents))
             # Sums of a few million lengths are far below 2^53: float64 adds them exactly.
             tokens += np.bincount(keys, weights=lengths, minlength=len(tokens)).astype(np.int64)
-        return cls(tuple(files), threshold, documents, tokens)
+        return cls(tuple(files), eligible, documents, tokens)
 
     @property
     def size(self) -> int:
-        """Documents that reach the threshold."""
+        """Documents that are eligible."""
         return int(self.documents.sum())
 
     def reaching(self, tokens: int) -> int:
         """So many of the best have `tokens` tokens at least; all, where all have fewer."""
         reached = np.flatnonzero(np.cumsum(self.tokens[::-1]) >= tokens)
         return int(np.cumsum(self.documents[::-1])[reached[0]]) if len(reached) else self.size
+
+    def of_seeds(self, seeds: frozenset[int]) -> "Ranking":
+        """The documents whose nearest seed is one of these, counted anew."""
+        return Ranking.of(self.files, self.eligible._replace(seeds=seeds))
+
+    def after(self, ranked: pl.DataFrame, count: int) -> pl.DataFrame:
+        """The `count` best rows that come after `ranked`, which has all eligible rows down to its last."""
+        seeds = self.eligible.seeds
+        seen = ranked.height if seeds is None else int(ranked["seed"].is_in(sorted(seeds)).sum())
+        return self.best(min(seen + count, self.size)).slice(seen)
 
     def best(self, most: int) -> pl.DataFrame:
         """The `most` best rows, `COLUMNS`. The second pass."""
@@ -68,7 +99,7 @@ class Ranking:
         held, rows = [pl.DataFrame(schemas.SCORES.empty_table().select(COLUMNS))], 0
         if most == 0:
             return held[0]
-        for frame in _in_order(lambda path: _at_least(path, lowest, self.threshold), self.files):
+        for frame in _in_order(lambda path: _at_least(path, lowest, self.eligible), self.files):
             held.append(frame)
             rows += frame.height
             if rows >= most + _ROWS_AT_A_TIME:
@@ -88,25 +119,26 @@ def _keys(scores: np.ndarray) -> np.ndarray:
     return (ordered >> (32 - _KEY_BITS)).astype(np.int64)
 
 
-def _counted(path: str, threshold: float | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _counted(path: str, eligible: Eligible) -> Iterator[_Counted]:
     with storage.open_input(path) as file:
         parquet = pq.ParquetFile(file)
         for group in range(parquet.metadata.num_row_groups):
-            table = parquet.read_row_group(group, columns=["score", "num_tokens"])
+            table = parquet.read_row_group(group, columns=[*eligible.columns, "num_tokens"])
             scores, lengths = table.column("score").to_numpy(), table.column("num_tokens").to_numpy()
-            reached = slice(None) if threshold is None else scores >= np.float32(threshold)
-            yield _keys(scores[reached]), lengths[reached]
+            mask = eligible.mask(table)
+            yield (_keys(scores), lengths) if mask is None else (_keys(scores[mask]), lengths[mask])
 
 
-def _at_least(path: str, lowest: int, threshold: float | None) -> Iterator[pl.DataFrame]:
+def _at_least(path: str, lowest: int, eligible: Eligible) -> Iterator[pl.DataFrame]:
     """Rows whose score's key is `lowest` at least; what else a row group has is read only where it has such a row."""
     with storage.open_input(path) as file:
         parquet = pq.ParquetFile(file)
         for group in range(parquet.metadata.num_row_groups):
-            scores = parquet.read_row_group(group, columns=["score"]).column("score").to_numpy()
-            wanted = _keys(scores) >= lowest
-            if threshold is not None:
-                wanted &= scores >= np.float32(threshold)
+            looked_at = parquet.read_row_group(group, columns=eligible.columns)
+            wanted = _keys(looked_at.column("score").to_numpy()) >= lowest
+            mask = eligible.mask(looked_at)
+            if mask is not None:
+                wanted &= mask
             if wanted.any():
                 table = parquet.read_row_group(group, columns=COLUMNS).select(COLUMNS)
                 yield pl.DataFrame(table.filter(pa.array(wanted)))

@@ -11,6 +11,13 @@ from finescope.curation.near_duplicates import NearDuplicates
 
 # Best documents, filtered, among which a diverse selection chooses, for each one that it keeps.
 POOL = 4
+# Documents that are read beyond those that are to be kept, and an eighth: with few rejects one pass over the scores is enough.
+SPARE = 64
+
+
+def with_spare(documents: int) -> int:
+    """How many are read where so many are to be kept."""
+    return documents + documents // 8 + SPARE
 
 
 class Limits(NamedTuple):
@@ -19,6 +26,12 @@ class Limits(NamedTuple):
     documents: int | None
     tokens: int | None
     per_seed: int | None
+
+    @property
+    def pool(self) -> "Limits":
+        """Of the candidates for a diverse selection of so many: enough of each seed to fill its quota from a full pool."""
+        most, quota = (None if limit is None else POOL * limit for limit in (self.documents, self.per_seed))
+        return Limits(most, None, quota)
 
     @classmethod
     def of(cls, section: CurateSection, scored: int, seeds: int) -> "Limits":
@@ -61,6 +74,11 @@ class Selection:
         """Candidates that were kept or rejected."""
         return len(self.kept) + len(self.rejected)
 
+    @property
+    def full_seeds(self) -> frozenset[int]:
+        """Seeds whose quota is used up: no candidate of theirs is kept any more, whatever its text."""
+        return frozenset(seed for seed, count in self._by_seed.items() if count == self.limits.per_seed)
+
     def offer(self, candidate: Candidate) -> None:
         """Take or reject the next candidate; `full` instead, where a limit leaves no room for it."""
         reason, detail = self._objection(candidate)
@@ -88,7 +106,7 @@ class Selection:
         if (found := self._similar(candidate)) is not None:
             return "near_duplicate", f"of {self._names[found[0]]}, similarity {found[1]:.3f}"
         if self.limits.per_seed is not None and self._by_seed.get(candidate.seed, 0) >= self.limits.per_seed:
-            return "per_seed", f"seed {candidate.seed} has its {self.limits.per_seed} documents"
+            return "per_seed", f"seed {candidate.seed} has {self.limits.per_seed} better ones"
         return "", ""
 
     def _similar(self, candidate: Candidate) -> tuple[int, float] | None:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from finescope import schemas, storage
+from finescope import directories, schemas, storage
 from finescope.config import CorpusSection, CurateSection
 from finescope.corpus.documents import read_selected, read_strings
 from finescope.curation.codes import codes_of
@@ -15,8 +15,8 @@ from finescope.curation.decontaminate import NgramIndex
 from finescope.curation.diversity import MarginalRelevance
 from finescope.curation.examine import FINDINGS, Examiner
 from finescope.curation.near_duplicates import NearDuplicates
-from finescope.curation.ranking import Ranking, located_rows
-from finescope.curation.select import POOL, Candidate, Limits, Selection, diverse
+from finescope.curation.ranking import Eligible, Ranking, located_rows
+from finescope.curation.select import Candidate, Limits, Selection, diverse, with_spare
 from finescope.curation.staging import PART_ROWS, POSITION, UNIT, Staging
 from finescope.errors import StepFailed
 from finescope.manifest import Manifest, TableFile
@@ -26,8 +26,6 @@ from finescope.stages.dataset_card import dataset_card
 from finescope.stages.references import index_units, model_of
 from finescope.steps import Outcome, StepInput
 
-# Documents that are read beyond those asked for, and an eighth: with few rejects one pass over the scores is enough.
-_SPARE = 64
 # Columns that are put by with a row and are no part of it.
 _ASIDE = [POSITION, UNIT, *FINDINGS.names]
 
@@ -61,11 +59,11 @@ def curate(context: Context, corpus: CorpusSection, section: CurateSection, step
     for table in ("curated", "rejects"):
         storage.delete(storage.join(step.uri, table))
     scores = step["score"]
-    ranking = Ranking.of(scores.files("scores"), section.threshold)
+    ranking = Ranking.of(scores.files("scores"), Eligible(section.threshold))
     limits = Limits.of(section, scores.tables["scores"].rows, len(scores.facts["seeds"]))
-    with storage.scratch_directory(storage.join(step.uri, "staging")) as scratch:
+    with directories.scratch_directory(storage.join(step.uri, "staging")) as scratch:
         staging = Staging(scratch)
-        filtered = Limits(POOL * (limits.documents or 0), None, None) if section.diversity else limits
+        filtered = limits.pool if section.diversity else limits
         ranked, selection = _filtered(context, corpus, section, step, ranking, filtered, staging)
         if section.diversity and selection.kept:
             chosen = _diverse(ranked, selection, section.diversity, limits, step)
@@ -103,7 +101,10 @@ def _filtered(
     limits: Limits,
     staging: Staging,
 ) -> tuple[pl.DataFrame, Selection]:
-    """The ranking as far as it was read, and what of it passes. Where filters take more than was read, twice as much is."""
+    """The ranking as far as it was read, and what of it passes.
+
+    Where filters took more than was read, what is missing is read, and then twice as much each time.
+    """
     shingle = section.duplicate_shingle if section.drops_near_duplicates else None
     ngrams = NgramIndex.build(read_strings(section.decontaminate)) if section.decontaminate else None
     examine = (corpus, model_of(step["model"]), Examiner(bool(section.deduplicate), shingle, ngrams))
@@ -112,21 +113,26 @@ def _filtered(
         near = NearDuplicates(section.duplicate_jaccard, shingle, lambda position: str(staging.value(position, "text")))
     selection = Selection(limits, near)
     asked = min(limits.documents or ranking.size, ranking.reaching(limits.tokens) if limits.tokens else ranking.size)
-    start, end = 0, min(asked + asked // 8 + _SPARE, ranking.size)
-    ranked = ranking.best(0)
-    while start < end and not selection.full:
-        ranked = ranking.best(end)
-        work = _work(ranked.slice(start), start, step["index"])
-        with context.reporter.task("curate: reading", end - start, "documents") as progress:
+    seeds = frozenset(range(len(step["score"].facts["seeds"])))
+    ranked, count, again = ranking.best(0), with_spare(asked), 0
+    while (more := ranking.after(ranked, count)).height:
+        start, ranked = ranked.height, pl.concat([ranked, more])
+        work = _work(more, start, step["index"])
+        with context.reporter.task("curate: reading", more.height, "documents") as progress:
             for rows in context.runner.map(_Examine, examine, work, Resources(accelerator=False)):
                 staging.add(rows)
                 progress(rows.num_rows)
         staging.seal()
         for candidate in _candidates(ranked, staging, start):
-            if selection.full:
-                break
             selection.offer(candidate)
-        start, end = end, min(2 * end, ranking.size)
+            if selection.full:
+                return ranked, selection
+        # Of a seed that has its quota nothing more is read, or the last document of a rare one would cost the whole corpus.
+        left = seeds - selection.full_seeds
+        if left != (ranking.eligible.seeds or seeds):
+            ranking = ranking.of_seeds(left)
+        missing = limits.documents - len(selection.kept) if limits.documents else ranked.height
+        count = again = max(with_spare(missing), 2 * again)
     return ranked, selection
 
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from finescope import schemas, storage
-from finescope.curation.ranking import Ranking
+from finescope.curation.ranking import Eligible, Ranking
 
 TOP_LATENTS = 8
 
@@ -61,7 +61,7 @@ def digest(frame: pl.DataFrame) -> str:
 def select(files: list[str], most: int) -> None:
     """Select, and print what it took."""
     started = time.perf_counter()
-    ranking = Ranking.of(files, None)
+    ranking = Ranking.of(files, Eligible())
     counted = time.perf_counter()
     found = ranking.best(most)
     ended = time.perf_counter()

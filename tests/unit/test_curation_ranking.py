@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finescope import schemas, storage
 from finescope.curation import ranking
-from finescope.curation.ranking import COLUMNS, Ranking, located_rows
+from finescope.curation.ranking import COLUMNS, Eligible, Ranking, located_rows
 
 Row = tuple[str, float]
 
@@ -51,7 +51,7 @@ def test_the_exact_best_with_ties_by_id(scores: list[float], cuts: list[int], th
     places = [0, *sorted(cuts), len(rows)]
     shards = [rows[start:end] for start, end in itertools.pairwise(places)]
     files = put_scores("memory://select-test", shards)
-    counted = Ranking.of(files, threshold)
+    counted = Ranking.of(files, Eligible(threshold))
     found = counted.best(most)
     assert pairs(found) == naive(shards, threshold, most)
     assert found.columns == COLUMNS
@@ -66,7 +66,7 @@ def test_many_shards_are_reduced_on_the_way(tmp_path: Path, monkeypatch: pytest.
     shards = [[(f"{shard}-{at}", float(random.integers(0, 9))) for at in range(7)] for shard in range(12)]
     files = put_scores(str(tmp_path), shards)
     for most in (1, 10, 83, 84, 999):
-        assert pairs(Ranking.of(files, None).best(most)) == naive(shards, None, most)
+        assert pairs(Ranking.of(files, Eligible()).best(most)) == naive(shards, None, most)
 
 
 def test_keys_are_in_the_order_of_the_scores():
@@ -76,12 +76,30 @@ def test_keys_are_in_the_order_of_the_scores():
     assert ranking._keys(np.array([-0.0], np.float32)) == ranking._keys(np.array([0.0], np.float32))
 
 
+def test_the_ranking_of_some_seeds(tmp_path: Path):
+    """The seed of a row is its place in its shard modulo three."""
+    random = np.random.default_rng(0)
+    shards = [[(f"{s}-{at}", float(random.integers(0, 9))) for at in range(11)] for s in range(5)]
+    ranking = Ranking.of(put_scores(str(tmp_path), shards), Eligible(2.0))
+    ranked = ranking.best(12)
+    some = ranking.of_seeds(frozenset([0, 2]))
+    of_them = [[row for at, row in enumerate(rows) if at % 3 != 1] for rows in shards]
+    assert pairs(some.best(99)) == naive(of_them, 2.0, 99)
+    assert some.size == len(naive(of_them, 2.0, 99))
+    before = {doc_id for doc_id, _ in pairs(ranked)}
+    left = [row for row in naive(of_them, 2.0, 99) if row[0] not in before]
+    assert pairs(some.after(ranked, 5)) == left[:5]
+    assert pairs(some.after(ranked, 99)) == left
+    assert ranking.after(ranking.best(99), 5).is_empty()
+    assert ranking.of_seeds(frozenset()).best(5).is_empty()
+
+
 def test_how_many_reach_so_many_tokens(tmp_path: Path):
     """Shards of four rows with 1 to 4 tokens; from the best on: 4, 3, 2, 1, 4, 3, ..."""
     files = put_scores(str(tmp_path), [[(f"{s}{at}", 1 - 0.2 * s + 0.04 * at) for at in range(4)] for s in range(3)])
-    counted = Ranking.of(files, None)
+    counted = Ranking.of(files, Eligible())
     assert [counted.reaching(tokens) for tokens in (1, 4, 5, 10, 11, 14, 30, 31)] == [1, 1, 2, 4, 5, 5, 12, 12]
-    assert Ranking.of(files, 0.95).reaching(11) == 4, "those below the threshold count nowhere"
+    assert Ranking.of(files, Eligible(0.95)).reaching(11) == 4, "those below the threshold count nowhere"
 
 
 def test_threads_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -90,7 +108,7 @@ def test_threads_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = []
     for readers in (1, 2, 9):
         monkeypatch.setattr(ranking, "_READERS", readers)
-        found.append(Ranking.of(files, None).best(100))
+        found.append(Ranking.of(files, Eligible()).best(100))
     assert found[0].equals(found[1])
     assert found[0].equals(found[2])
 

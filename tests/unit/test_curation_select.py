@@ -46,7 +46,7 @@ def test_a_seed_has_its_quota_of_what_is_kept():
     assert selection.kept == [1, 2, 4]
     assert selection.rejected[0] == (0, "contaminated", "set, row 3: words")
     assert [(position, reason) for position, reason, _ in selection.rejected[1:]] == [(3, "per_seed"), (5, "per_seed")]
-    assert selection.rejected[1][2] == "seed 0 has its 2 documents"
+    assert selection.rejected[1][2] == "seed 0 has 2 better ones"
 
 
 def test_the_first_reason_counts():
@@ -100,8 +100,8 @@ def test_a_diverse_selection_gives_every_document_a_fate():
     selection = diverse(pool, order, Limits(3, None, 2))
     assert selection.kept == [3, 6, 8]
     assert selection.rejected == [
-        (9, "per_seed", "seed 0 has its 2 documents"),
-        (5, "per_seed", "seed 0 has its 2 documents"),
+        (9, "per_seed", "seed 0 has 2 better ones"),
+        (5, "per_seed", "seed 0 has 2 better ones"),
     ]
     selection = diverse(pool, MarginalRelevance(np.array([0.9, 0.8, 0.7, 0.6, 0.5]), codes, 0.5), Limits(2, None, None))
     assert selection.kept == [3, 6]

@@ -1,5 +1,6 @@
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from finescope import demo, pipeline, plan, schemas, steps, storage
 from finescope.cli import app
 from finescope.config import STEPS, Recipe
 from finescope.corpus import demo_inputs
+from finescope.curation.near_duplicates import SKETCH_BYTES
+from finescope.curation.select import with_spare
 from finescope.errors import ResourceError
 from finescope.manifest import TableFile
 from finescope.plan import Cost, costs
@@ -95,7 +98,7 @@ def test_what_is_done_is_marked_and_no_longer_counted(root: Path, tmp_path: Path
     assert by_step(found)["embed"].documents == 1000
     assert by_step(found)["embed"].tokens == 1000 * 25, "100 bytes a document"
     assert [cost.step for cost in found if cost.done] == list(STEPS[:4])
-    left = sum(cost.disk_bytes for cost in found[4:])
+    left = sum(cost.disk_bytes for cost in found[4:]) + by_step(found)["curate"].scratch_bytes
     monkeypatch.setattr(storage, "free_bytes", lambda uri: left)
     plan.check_resources(recipe)
     monkeypatch.setattr(storage, "free_bytes", lambda uri: left - 1)
@@ -111,6 +114,22 @@ def test_too_little_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked == [str(tmp_path / "run")]
     monkeypatch.setattr(storage, "free_bytes", lambda uri: None)
     plan.check_resources(recipe_of(root, tmp_path / "run"))
+
+
+def test_what_curate_puts_by_needs_a_local_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_of(root, tmp_path / "run")
+    cost = by_step(costs(recipe))["curate"]
+    text = cost.disk_bytes / cost.documents
+    assert cost.scratch_bytes == pytest.approx(with_spare(cost.documents) * (text + SKETCH_BYTES), rel=0.01)
+    exact = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"deduplicate": "exact"})})
+    assert by_step(costs(exact))["curate"].scratch_bytes == pytest.approx(with_spare(cost.documents) * text, rel=0.01)
+    remote = recipe.model_copy(update={"output": "memory://plan-test/run"})
+    temporary = {tempfile.gettempdir(): cost.scratch_bytes}
+    monkeypatch.setattr(storage, "free_bytes", temporary.get)
+    plan.check_resources(remote)
+    temporary[tempfile.gettempdir()] -= 1
+    with pytest.raises(ResourceError, match=rf"TMPDIR: '{tempfile.gettempdir()}' has 0\.\d\d GB free"):
+        plan.check_resources(remote)
 
 
 def test_too_little_memory_names_the_step(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import yaml
 from curate_inputs import run_curate, write_inputs
 
 from finescope.analysis.frames import frame_of
-from finescope.curation import staging
+from finescope.curation import select, staging
 from finescope.errors import StepFailed
 from finescope.manifest import Manifest
 from finescope.stages import curate as stage
@@ -92,9 +94,9 @@ def test_the_walk_goes_on_until_enough_are_kept(tmp_path: Path, monkeypatch: pyt
     read: list[int] = []
     best = stage.Ranking.best
     monkeypatch.setattr(stage.Ranking, "best", lambda self, most: (read.append(most), best(self, most))[1])
-    monkeypatch.setattr(stage, "_SPARE", 0)
+    monkeypatch.setattr(select, "SPARE", 0)
     manifest = run_curate(tmp_path, write_inputs(tmp_path, corpus(same), SCORES), documents=10)
-    assert read == [0, 11, 22, 44, 60]
+    assert read == [0, 11, 21, 41, 60]
     kept = [best_first()[0], *best_first()[40:49]]
     assert curated(manifest)["doc_id"].to_list() == [f"d{row:02d}" for row in kept]
     assert (manifest.rows_in, manifest.rows_out, manifest.rejects) == (49, 10, 39)
@@ -148,6 +150,70 @@ def test_limits(plain: tuple[Path, dict[str, Step]], values: dict[str, float], k
     assert curated(manifest)["score"].len() == kept == manifest.rows_out
     assert manifest.facts["lowest_score"] == curated(manifest)["score"].min()
     assert manifest.facts["tokens"] == 10 * kept
+
+
+def walked(order: list[int], seed_of: list[int], same: dict[int, int], quota: int, documents: int) -> list[int]:
+    """What a walk down the whole ranking keeps; `same` says which document's text a document has."""
+    kept: list[int] = []
+    for row in order:
+        if len(kept) == documents:
+            break
+        new = same.get(row, row) not in [same.get(other, other) for other in kept]
+        if new and sum(seed_of[other] == seed_of[row] for other in kept) < quota:
+            kept.append(row)
+    return kept
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the documents whose text is read."""
+    found: list[str] = []
+    read = stage.read_selected
+
+    def recorded(*arguments: Any) -> pa.Table:
+        table = read(*arguments)
+        found.extend(table.column("id").to_pylist())
+        return table
+
+    monkeypatch.setattr(stage, "read_selected", recorded)
+    monkeypatch.setattr(select, "SPARE", 0)
+    return found
+
+
+def test_a_rare_seed_does_not_cost_the_corpus(tmp_path: Path, rows_read: list[str]) -> None:
+    """Of the third seed there are the eleventh and the last but ten: of the others no text is read any more."""
+    order = best_first()
+    seed_of = [0] * DOCUMENTS
+    for rank, row in enumerate(order):
+        seed_of[row] = 2 if rank in (10, 50) else rank % 2
+    inputs = write_inputs(tmp_path, corpus(), SCORES, seed_of=seed_of)
+    manifest = run_curate(tmp_path, inputs, per_seed=3)
+    assert curated(manifest)["doc_id"].to_list() == [f"d{order[rank]:02d}" for rank in (0, 1, 2, 3, 4, 5, 10, 50)]
+    assert sorted(rows_read) == sorted(f"d{order[rank]:02d}" for rank in (*range(11), 50))
+    assert (manifest.rows_in, manifest.facts["reasons"]) == (12, {"per_seed": 4})
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_quotas_are_those_of_a_walk_over_everything(tmp_path: Path, number: int, rows_read: list[str]) -> None:
+    random = np.random.default_rng(number)
+    seed_of = random.choice(3, DOCUMENTS, p=[0.8, 0.15, 0.05]).tolist()
+    same = {int(row): int(random.integers(0, 4)) for row in random.choice(np.arange(4, DOCUMENTS), 30, replace=False)}
+    inputs = write_inputs(tmp_path, corpus({row: text(of) for row, of in same.items()}), SCORES, seed_of=seed_of)
+    for quota, documents in ((3, 1000), (5, 12), (20, 30)):
+        manifest = run_curate(tmp_path, inputs, per_seed=quota, documents=documents, deduplicate="exact")
+        expected = walked(best_first(), seed_of, same, quota, min(documents, 3 * quota))
+        assert curated(manifest)["doc_id"].to_list() == [f"d{row:02d}" for row in expected]
+        assert manifest.rows_in == manifest.rows_out + manifest.rejects
+
+
+def test_a_diverse_set_has_as_many_as_the_quotas_allow(tmp_path: Path) -> None:
+    order = best_first()
+    seed_of = [int(order.index(row) >= 45) for row in range(DOCUMENTS)]
+    inputs = write_inputs(tmp_path, corpus(), SCORES, seed_of=seed_of)
+    manifest = run_curate(tmp_path, inputs, documents=10, per_seed=5, diversity=0.5)
+    assert curated(manifest)["seed"].value_counts().sort("seed").rows() == [(0, 5), (1, 5)]
+    assert manifest.rows_in == manifest.rows_out + manifest.rejects
+    assert ("per_seed", "seed 0 has 20 better ones") in reasons(manifest).values()
 
 
 def test_nothing_left_is_an_error(plain: tuple[Path, dict[str, Step]]) -> None:

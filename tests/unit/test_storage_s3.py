@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fsspec
 import pytest
 from cli_runs import SilentReporter, finescope, write_recipe
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication
-from moto.server import ThreadedMotoServer
+from s3_server import make_bucket, serving, variables
 
 from finescope import storage
 from finescope.corpus.documents import read_documents
@@ -33,30 +32,17 @@ class Faults:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    found = ThreadedMotoServer(port=0, verbose=False)
-    found.start()
-    host, port = found.get_host_and_port()
-    yield f"http://{host}:{port}"
-    found.stop()
+    with serving() as found:
+        yield found
 
 
 @pytest.fixture
 def s3(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The URI of an empty bucket."""
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
+    for name, value in variables(server, tmp_path).items():
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    bucket = tmp_path.name.replace("_", "-").lower()
-    boto3.client("s3", endpoint_url=server).create_bucket(Bucket=bucket)
-    yield f"s3://{bucket}"
+    yield make_bucket(server, tmp_path.name.replace("_", "-").lower())
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
