@@ -23,6 +23,8 @@ _IDS = "ids"
 # To open a file costs as much as to read so many bytes: of small files a task looks at many.
 _OPENING_BYTES = 1 << 20
 _TASK_BYTES = 1 << 26
+# Ranges that wait as Python's objects: of one alone Arrow's buffers are ten times what is in them.
+_PACKED_RANGES = 4096
 _RANGE = pa.struct([("path", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("range", pa.int32())])
 _TASKS = pa.schema([("task", pa.int64()), ("ranges", pa.list_(_RANGE))])
 _FOUND = pa.schema(
@@ -72,7 +74,7 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
         context.reporter.note(f"index: the corpus has no column 'text' and is read as {shape.name}, as by {made_of}")
     section = shaped(section, shape)
     storage.delete(storage.join(step.uri, _IDS))
-    tasks = pa.Table.from_batches(list(_tasks(files, section)), schema=_TASKS)
+    tasks = _tasks(files, section)
     found: list[pa.Table] = []
     with context.reporter.task("index", sum(num_ranges(file, section) for file in files), "files and ranges") as progress:
         for table in context.runner.map(_Inspect, (section, step.uri), tasks, Resources(accelerator=False)):
@@ -102,26 +104,36 @@ def index(context: Context, section: CorpusSection, step: StepInput) -> Outcome:
     return Outcome(documents.num_rows + rejects.num_rows, documents.num_rows, rejects.num_rows, tables, facts)
 
 
-def _tasks(files: Sequence[CorpusFile], section: CorpusSection) -> Iterator[pa.RecordBatch]:
+def _tasks(files: Sequence[CorpusFile], section: CorpusSection) -> pa.Table:
     """Rows of _TASKS, each as much as an actor takes at a time: files and ranges in order, to a number of bytes that are read."""
+    packed: list[pa.RecordBatch] = []
+    loose: list[dict[str, Any]] = []
+    held = 0
+    for number, ranges in enumerate(_ranges(files, section)):
+        loose.append({"task": number, "ranges": ranges})
+        held += len(ranges)
+        if held >= _PACKED_RANGES:
+            packed.append(pa.RecordBatch.from_pylist(loose, schema=_TASKS))
+            loose, held = [], 0
+    return pa.Table.from_batches([*packed, pa.RecordBatch.from_pylist(loose, schema=_TASKS)], schema=_TASKS)
+
+
+def _ranges(files: Sequence[CorpusFile], section: CorpusSection) -> Iterator[list[dict[str, Any]]]:
+    """The ranges of each task."""
     size = range_bytes(section)
     ranges: list[dict[str, Any]] = []
-    task = cost = 0
-
-    def packed() -> pa.RecordBatch:
-        return pa.RecordBatch.from_pylist([{"task": task, "ranges": ranges}], schema=_TASKS)
-
+    cost = 0
     for file in files:
         info, count = file.info, num_ranges(file, section)
         whole = info.size or 0
         read = 0 if file.format == "parquet" and section.id is None else min(whole, size if count > 1 else whole)
         for number in range(count):
             if ranges and cost + read + _OPENING_BYTES > _TASK_BYTES:
-                yield packed()
-                ranges, task, cost = [], task + 1, 0
+                yield ranges
+                ranges, cost = [], 0
             ranges.append({"path": info.path, "size": info.size, "etag": info.etag, "range": number})
             cost += read + _OPENING_BYTES
-    yield packed()
+    yield ranges
 
 
 def _flattened(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:

@@ -32,7 +32,7 @@ from finescope.manifest import Manifest, TableFile, read_manifest
 from finescope.plan import costs
 from finescope.runners.base import Context
 from finescope.stages.embed import _RECORD, embed
-from finescope.stages.index import _TASKS, _tasks
+from finescope.stages.index import _tasks
 from finescope.stages.references import limited_units
 from finescope.stages.sae import _documents
 from finescope.steps import Outcome, Step, StepInput
@@ -110,10 +110,8 @@ def resumed(recipe: Recipe) -> object:
 
 
 MEASURED: dict[str, Callable[[Recipe, int], object]] = {
-    "index: tasks of the ranges": lambda recipe, units: pa.Table.from_batches(list(_tasks(_files(units, True), CORPUS)), _TASKS),
-    "index: tasks of as many small files": lambda recipe, units: pa.Table.from_batches(
-        list(_tasks(_files(units, False), CORPUS)), _TASKS
-    ),
+    "index: tasks of the ranges": lambda recipe, units: _tasks(_files(units, True), CORPUS),
+    "index: tasks of as many small files": lambda recipe, units: _tasks(_files(units, False), CORPUS),
     "units": lambda recipe, units: limited_units(_done(recipe, "index"), None),
     "plan": lambda recipe, units: costs(recipe),
     "sae: chunks of 2,000,000 tokens": lambda recipe, units: _documents(inputs_of(recipe)[1], CORPUS, SaeSection()),
