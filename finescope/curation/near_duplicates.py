@@ -17,8 +17,8 @@ from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccess
 _TOKEN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*|[^\s\p{L}\p{N}]")
 # Slots of a sketch, and the seed of its hashes. Fixed: they decide which pairs are compared, not which are duplicates.
 _SLOTS, _SEED = 256, 1
-# What one takes beside its document.
-SKETCH_BYTES = 8 * _SLOTS
+# What one takes, pickled.
+SKETCH_BYTES = 1_400
 # Of pairs at the threshold, the share that must be compared.
 _RECALL = 0.99
 # Sets of shingles that are kept at hand: a text that one document resembles, the next one often does too.

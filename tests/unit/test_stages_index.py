@@ -52,7 +52,22 @@ def test_small_files_share_tasks_and_all_are_listed_in_order(tmp_path: Path) -> 
     assert [unit["num_rows"] for unit in units] == [number % 3 + 1 for number in range(150) if number != 70]
     assert runner.units.num_rows == 3, "of about 64 files each"
     assert len(runner.arguments) == 2, "the list of files does not go to every actor"
-    assert outcome.facts == {"files": 150, "directory": f"{tmp_path}/c/", "documents": 300 - 2, "shape": None}
+    facts = {"files": 150, "directory": f"{tmp_path}/c/", "commits": [], "documents": 300 - 2, "shape": None}
+    assert outcome.facts == facts
+    assert runner.units.column("task").to_pylist() == [0, 1, 2]
+
+
+def test_tasks_are_packed_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_, "_OPENING_BYTES", 0)
+    monkeypatch.setattr(index_, "_TASK_BYTES", 20_000)
+    path = jsonl(tmp_path / "a.jsonl", *({"text": f"{at:087d}"} for at in range(1000)))
+    tables = []
+    for packed in (1, 4, 6, 4096):
+        monkeypatch.setattr(index_, "_PACKED_RANGES", packed)
+        tables.append(indexed(path, tmp_path / f"out-{packed}", range_mib=10_000 / 2**20)[2].units)
+    assert all(table.equals(tables[0]) for table in tables)
+    assert tables[0].column("task").to_pylist() == [0, 1, 2, 3, 4]
+    assert [entry["range"] for task in tables[0].to_pylist() for entry in task["ranges"]] == list(range(10))
 
 
 def test_ranges_of_a_large_file_are_tasks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
