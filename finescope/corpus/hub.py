@@ -86,9 +86,9 @@ def pinned(uri: str, format: str, field: str) -> str:
                 return f"{root}/{place.path}"
         elif format not in ("auto", "parquet"):
             return root
-        elif any(map(_is_parquet, _names(api, place, commit))):
+        elif place.revision != _CONVERSION and any(map(_is_parquet, _names(api, place, commit))):
             return f"{root}/**/*.parquet"
-        return _conversion(api, place, commit)
+        return _conversion(api, place)
 
 
 def commits_of(uris: Iterable[str]) -> list[str]:
@@ -96,10 +96,10 @@ def commits_of(uris: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(match["commit"] for uri in uris if (match := _COMMIT.match(uri))))
 
 
-def _conversion(api: HfApi, place: _Place, commit: str) -> str:
+def _conversion(api: HfApi, place: _Place) -> str:
     missing = f"no '{place.path}' in the repository" if place.path else "no Parquet file in the repository"
     # Only the default branch is converted.
-    if place.revision not in (None, constants.DEFAULT_REVISION):
+    if place.revision not in (None, constants.DEFAULT_REVISION, _CONVERSION):
         raise place.error(f"{missing} at '{place.revision}'")
     try:
         commit = _commit(api, place, _CONVERSION)

@@ -98,8 +98,9 @@ def test_without_parquet_it_is_the_hub_s_conversion(hub: Hub, caplog: pytest.Log
         ]
         assert not caplog.messages
         assert names("hf://datasets/o/d/big/train") == [f"{converted}/big/partial-train/0000.parquet"]
-        assert "only the first part of: big/partial-train" in caplog.text
+        assert "only the first part of: big/partial-train" in caplog.messages[-1]
         assert len(names("hf://datasets/o/d")) == len(names("hf://datasets/o/d@~parquet")) == 4
+        assert len(caplog.messages) == 3, "of all that is there a part is partial"
     assert names("hf://datasets/o/d/raw.csv")[0].endswith("/raw.csv")
     assert texts(section("hf://datasets/o/d/default/train")) == ["default/train"]
 
