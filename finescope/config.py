@@ -1,4 +1,5 @@
-"""The recipe: one frozen section per step, in pipeline order. All defaults are here and, for `sae`, in `config_sae`.
+"""The recipe: one frozen section per step, in pipeline order. All defaults are here and, for `sae` and `screen`,
+in `config_sae` and `config_screen`.
 
 What changes a result lives in a step's section; what does not lives in `compute`, which moves no output.
 """
@@ -8,10 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from finescope.config_sae import SaeSection
+from finescope.config_screen import ScreenSection
 from finescope.config_seeds import Domain, SeedsSection
 from finescope.section import Count, Section, Seed, Share
 
+# What every run does, and with what only a recipe that asks for it does, in order.
 STEPS = ("index", "model", "sae", "embed", "score", "curate", "prune", "distill", "evaluate", "report")
+ALL_STEPS = (*STEPS[:3], "screen", *STEPS[3:])
 # Documents that can be kept where they are chosen for diversity: among four times as many.
 MOST_DIVERSE = 50_000
 
@@ -96,7 +100,7 @@ class CurateSection(Section):
         description="documents kept at most (paper: 100 a domain, 1,200 for code); no limit where share, tokens or threshold "
         "is given and this is not",
     )
-    share: Share | None = Field(default=None, gt=0.0, description="of the scored documents that are kept at most")
+    share: Share | None = Field(default=None, gt=0.0, description="of the corpus's documents that are kept at most")
     tokens: int | None = Field(
         default=None, ge=1, description="tokens of the kept documents at most, as embed counts them: embed.max_tokens a document"
     )
@@ -230,6 +234,11 @@ class Recipe(Section):
     corpus: CorpusSection
     seeds: SeedsSection
     sae: SaeSection = SaeSection()
+    screen: ScreenSection | None = Field(
+        default=None,
+        description="{}: before embed, a cheap pass stops what cannot be among the best; keys: "
+        + ", ".join(ScreenSection.model_fields),
+    )
     embed: EmbedSection = EmbedSection()
     score: ScoreSection = ScoreSection()
     curate: CurateSection = CurateSection()

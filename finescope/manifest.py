@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 RUN = "run.json"
 CLAIM = "step.json"
 # The steps that all domains of a run have in common; from the next on each has its own.
-SHARED_STEPS = ("index", "model", "sae", "embed")
+SHARED_STEPS = ("index", "model", "sae", "screen", "embed")
 _VERSIONS = ("finescope", "torch", "transformers", "ray", "pyarrow", "polars", "datasets", "peft", "deepspeed")
 
 

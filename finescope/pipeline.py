@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from finescope import manifest, steps, storage
-from finescope.config import STEPS, Recipe, Section
+from finescope.config import ALL_STEPS, Recipe, Section
 from finescope.config_seeds import SeedFile
 from finescope.errors import RecipeError, StepFailed, UserError
 from finescope.manifest import Manifest, label_of
@@ -21,7 +21,7 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
     """The steps of a recipe by label, in order. Pure data: nothing is loaded, only small input files are hashed.
 
     What comes before `score` is shared by all domains; from there on each has its own, and all of them do a step before
-    any does the next.
+    any does the next. With a screen all of it but `index`, `model` and `sae` depends on the seeds of every domain.
     """
     inputs = placed(recipe)
     corpus = _values(recipe.corpus)
@@ -30,15 +30,27 @@ def steps_of(recipe: Recipe) -> dict[str, Step]:
     model = Step("model", {**_values(recipe.model), "layer": recipe.sae.layer})
     # Nor does keeping the activations.
     sae = Step("sae", {key: value for key, value in _values(recipe.sae).items() if key != "cache"}, (index, model))
-    embed = Step("embed", _values(recipe.embed), (index, model, sae))
-    shared = (index, model, sae, embed)
+    if recipe.screen is None:
+        embed = Step("embed", _values(recipe.embed), (index, model, sae))
+        shared = (index, model, sae, embed)
+    else:
+        screen = Step("screen", _screening(inputs, recipe), (index, model, sae))
+        embed = Step("embed", _values(recipe.embed), (index, model, sae, screen))
+        shared = (index, model, sae, screen, embed)
     domains = [_domain_steps(inputs, recipe, seeds, shared) for seeds in inputs.seeds.files]
     return {step.label: step for step in (*shared, *(step for same in zip(*domains, strict=True) for step in same))}
 
 
-def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[Step, Step, Step, Step]) -> tuple[Step, ...]:
+def _screening(inputs: Recipe, recipe: Recipe) -> dict[str, Any]:
+    """The section of the screen: how the seeds' likeness is measured is part of it; which domain is called what is not."""
+    assert recipe.screen is not None
+    of_others = {"score": _values(recipe.score), "embed": _values(recipe.embed)}
+    return {**_values(recipe.screen), **of_others, "seeds": sorted(_contents(file.path) for file in inputs.seeds.files)}
+
+
+def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[Step, ...]) -> tuple[Step, ...]:
     """`score` to `report` of one domain. Nothing in them tells of other domains: one more leaves these as they are."""
-    index, model, _, embed = shared
+    index, model, _, *drawn_from = shared  # embed, and the screen that it depends on
     seeds = _contents(file.path)
 
     def step(name: str, section: dict[str, Any], *builds_on: Step) -> Step:
@@ -47,12 +59,12 @@ def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[
     score = step("score", {**_values(recipe.score), "seeds": seeds}, *shared)
     evaluations = [_contents(path) for path in inputs.curate.decontaminate]
     curate = step("curate", {**_values(recipe.curate), "evaluations": evaluations}, *shared, score)
-    prune = step("prune", _values(recipe.prune), index, model, embed, curate)
-    distill = step("distill", _values(recipe.distill), index, model, embed, curate, prune)
+    prune = step("prune", _values(recipe.prune), index, model, *drawn_from, curate)
+    distill = step("distill", _values(recipe.distill), index, model, *drawn_from, curate, prune)
     held_out = [_contents(path) for path in (*inputs.evaluate.target_of(file.domain), *inputs.evaluate.general)]
     measured = {**_values(recipe.evaluate), "target": list(recipe.evaluate.target_of(file.domain))}
     evaluation = {**measured, "seeds": seeds, "held_out": held_out}
-    evaluate = step("evaluate", evaluation, index, model, embed, curate, prune, distill)
+    evaluate = step("evaluate", evaluation, index, model, *drawn_from, curate, prune, distill)
     report = step("report", {}, *shared, score, curate, prune, distill, evaluate)
     return score, curate, prune, distill, evaluate, report
 
@@ -92,14 +104,20 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     from finescope.stages.report import report
     from finescope.stages.sae import sae
     from finescope.stages.score import score
+    from finescope.stages.screen import Screening, screen
 
     r = placed(recipe)
     functions: dict[str, Callable[[StepInput], Outcome]] = {
         "index": lambda step: index(context, r.corpus, step),
         "model": lambda step: model(context, r.model, r.sae.layer, step),
         "sae": lambda step: sae(context, corpus_of(r.corpus, step["index"]), r.sae, step),
+        "screen": lambda step: screen(context, screening(step), step),
         "embed": lambda step: embed(context, corpus_of(r.corpus, step["index"]), r.embed, step),
     }
+
+    def screening(step: StepInput) -> Screening:
+        assert r.screen is not None
+        return Screening(corpus_of(r.corpus, step["index"]), r.seeds.files, r.screen, r.score, r.embed)
 
     def add(seeds: SeedFile) -> None:
         of_domain: dict[str, Callable[[StepInput], Outcome]] = {
@@ -164,9 +182,10 @@ def prepared(recipe: Recipe, reporter: Reporter) -> dict[str, Step]:
 def _until(plan: dict[str, Step], last: str | None) -> dict[str, Step]:
     if last is None:
         return plan
-    if last not in STEPS:
-        raise RecipeError(f"--until {last}: no such step; steps: {', '.join(STEPS)}")
-    return {label: step for label, step in plan.items() if STEPS.index(step.name) <= STEPS.index(last)}
+    names = {step.name for step in plan.values()}
+    if last not in names:
+        raise RecipeError(f"--until {last}: no such step; steps: {', '.join(name for name in ALL_STEPS if name in names)}")
+    return {label: step for label, step in plan.items() if ALL_STEPS.index(step.name) <= ALL_STEPS.index(last)}
 
 
 @contextlib.contextmanager

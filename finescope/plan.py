@@ -27,6 +27,7 @@ from finescope.models.load import load_meta_model
 from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
 from finescope.pipeline import placed, steps_of
+from finescope.steps import Step
 
 # Bytes of text a token, for estimates before anything is tokenised.
 _BYTES_PER_TOKEN = 4
@@ -34,6 +35,8 @@ _BYTES_PER_TOKEN = 4
 _PROCESS = 700_000_000
 # An embedded document: locator and id, and what a kept latent takes after compression (id i32, value f16).
 _ROW_BYTES, _LATENT_BYTES = 40, 5
+# A row of `screened`, as measured.
+_SCREENED_BYTES = 10
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def costs(recipe: Recipe) -> list[Cost]:
     found = [
         Cost("index", corpus.documents, 0, 0.0, _PROCESS, 0),
         Cost("model", 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
-        *_dictionary_costs(recipe, corpus, model),
+        *_dictionary_costs(recipe, corpus, model, _passing(recipe, corpus, plan.get("screen"))),
         *_model_costs(recipe, corpus, model),
     ]
     of_step = {cost.step: cost for cost in found}
@@ -175,8 +178,18 @@ def _corpus(recipe: Recipe, index: Manifest | None) -> Corpus:
     return Corpus(min(documents, recipe.corpus.limit or documents), text / max(documents, 1))
 
 
-def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
-    """`sae`, `embed`, `score`, `curate`: what goes over the corpus with the first blocks and the dictionary."""
+def _passing(recipe: Recipe, corpus: Corpus, step: Step | None) -> int:
+    """Documents that are embedded: those that passed the screen, or about as many as its `share` says. All of them where it has
+    not run yet and `recall` decides."""
+    done = steps.finished(step, storage.absolute(recipe.output)) if step is not None else None
+    if done is not None:
+        return int(done.facts["passed"])
+    share = recipe.screen.share if recipe.screen is not None else None
+    return corpus.documents if share is None else math.ceil(corpus.documents * min(1.0, share * len(recipe.seeds.files)))
+
+
+def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size, passing: int) -> list[Cost]:
+    """`sae`, `screen`, `embed`, `score`, `curate`: what goes over the corpus with the first blocks and the dictionary."""
     sae, embed = recipe.sae, recipe.embed
     coordinates = model.d_model if sae.coordinates.method == "all" else min(sae.coordinates.count, model.d_model)
     dictionary = 2 * coordinates * sae.num_latents
@@ -186,10 +199,13 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]
     blocks, deepest = (model.block_parameters * layer / model.num_layers for layer in (sae.layer, max(layers)))
     weights, read = (int((part + model.embedding_parameters) * model.bytes_per_parameter) for part in (blocks, deepest))
     trained = 0 if sae.path else min(sae.num_tokens, corpus.documents * corpus.tokens(sae.max_tokens))
-    tokens = corpus.documents * corpus.tokens(embed.max_tokens)
+    tokens = corpus.tokens(embed.max_tokens)
     activations = 4 * coordinates * len(layers)  # bytes of one, at every layer
     buffer = min(int(sae.buffer_mib * 2**20), activations * trained)
     row = _ROW_BYTES + _LATENT_BYTES * embed.keep_latents
+    flops, memory = 2.0 * blocks + dictionary, _PROCESS + weights + 4 * dictionary + 8 * embed.batch_tokens * sae.num_latents
+    drawn = 0 if recipe.screen is None else min(recipe.screen.sample + recipe.screen.audit, corpus.documents)
+    screened = corpus.documents * _SCREENED_BYTES + drawn * row
     # Of a training step: the encoder's product; what its active latents cost is little beside it (not of relu_l1 and jumprelu).
     sae_flops = trained * (2 * deepest + in_training * sae.epochs)
     return [
@@ -203,15 +219,9 @@ def _dictionary_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]
             # The dictionaries, two checkpoints of them with Adam's moments, and the activations where they are kept.
             28 * in_training + activations * trained * sae.cache,
         ),
-        Cost(
-            "embed",
-            corpus.documents,
-            tokens,
-            tokens * (2.0 * blocks + dictionary),
-            _PROCESS + weights + 4 * dictionary + 8 * embed.batch_tokens * sae.num_latents,
-            corpus.documents * row,
-        ),
-        Cost("score", corpus.documents, 0, 0.0, _PROCESS, corpus.documents * _ROW_BYTES),
+        Cost("screen", corpus.documents, drawn * tokens, drawn * tokens * flops, memory, screened),
+        Cost("embed", passing, passing * tokens, passing * tokens * flops, memory, passing * row),
+        Cost("score", passing, 0, 0.0, _PROCESS, passing * _ROW_BYTES),
         _curate_cost(recipe, corpus),
     ]
 

@@ -14,6 +14,9 @@ DOCUMENTS = pa.schema(
         ("start", pa.int64()),
     ]
 )
+# What the screen makes of a document: by how much its score exceeds the cut, of the domain for which that is most. It passes
+# where `margin` is not negative. A row a document and no text of it: of 10^9 rows a few GB.
+SCREENED = pa.schema([("file", pa.int32()), ("row_group", pa.int32()), ("row", pa.int32()), ("margin", pa.float32())])
 EMBEDDINGS = pa.schema(
     [
         ("doc_id", pa.string()),

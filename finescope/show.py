@@ -19,7 +19,7 @@ from finescope.analysis import origins, summaries
 from finescope.analysis.digest import Summaries, digest
 from finescope.analysis.frames import frames_of, manifests_of, tables_of
 from finescope.analysis.table import closing_grid
-from finescope.config import STEPS, ModelSection
+from finescope.config import ALL_STEPS, STEPS, ModelSection
 from finescope.errors import ModelError, UserError
 from finescope.manifest import Manifest, StepState, domains_of, label_of, of_domain, require_run, step_and_domain
 
@@ -147,9 +147,9 @@ def _labels(begun: Mapping[str, StepState]) -> list[str]:
     """All steps of a run: those that are shared, and the others for each domain of which one was begun."""
     domains = domains_of(begun)
     own = {step for step, domain in map(step_and_domain, begun) if domain}
-    first = min((STEPS.index(step) for step in own), default=len(STEPS))
-    shared = [step for number, step in enumerate(STEPS) if number < first or step in begun]
-    return shared + [label_of(step, domain) for step in STEPS[first:] for domain in domains]
+    first = min((ALL_STEPS.index(step) for step in own), default=len(ALL_STEPS))
+    shared = [step for number, step in enumerate(ALL_STEPS) if step in begun or (number < first and step in STEPS)]
+    return shared + [label_of(step, domain) for step in ALL_STEPS[first:] for domain in domains]
 
 
 def _digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summaries:

@@ -23,9 +23,15 @@ def digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summa
     return {title: frame for name in wanted for title, frame in _OF_TABLE[name](manifests).items()}
 
 
+def _screened(manifests: Mapping[str, Manifest]) -> Summaries:
+    return {"screen": summaries.screen(manifests["screen"]), "screen by domain": summaries.screen_by_domain(manifests["screen"])}
+
+
 def _scores(manifests: Mapping[str, Manifest]) -> Summaries:
     scores, curated = frames_of(manifests, "scores"), frames_of(manifests, "curated")
     found = {"score quantiles": summaries.score_quantiles(scores)}
+    if "score" in manifests and "screen" in manifests["score"].facts:
+        found["recall of the screen"] = summaries.screen_recall(manifests["score"])
     if "curate" in manifests:
         near = summaries.near_misses(scores, curated, _NEAR)
         texts = pl.Series("text", origins.texts(manifests, near), pl.String)
@@ -70,6 +76,7 @@ def _metrics(manifests: Mapping[str, Manifest]) -> Summaries:
 
 _OF_TABLE: dict[str, Callable[[Mapping[str, Manifest]], Summaries]] = {
     "latents": _latents,
+    "screened": _screened,
     "scores": _scores,
     "curated": _curated,
     "importance": _importance,

@@ -17,7 +17,7 @@ from finescope.analysis.digest import BACKGROUND
 from finescope.analysis.frames import frame_of, frames_of, sample_of
 from finescope.analysis.sae_section import sae_section
 from finescope.analysis.table import closing_grid, shown
-from finescope.config import STEPS
+from finescope.config import ALL_STEPS
 from finescope.manifest import Manifest, now
 
 REPORT = "report.html"
@@ -54,7 +54,7 @@ def write_report(output: str, manifests: Mapping[str, Manifest], to_uri: str) ->
 
 def render(output: str, manifests: Mapping[str, Manifest]) -> str:
     """The report as HTML. All text of the corpus is escaped; only the charts are inserted as they are."""
-    run = _Run({name: manifests[name] for name in STEPS if name in manifests and name != "report"})
+    run = _Run({name: manifests[name] for name in ALL_STEPS if name in manifests and name != "report"})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"count": _count, "percent": _percent, "seconds": _seconds}
     source = importlib.resources.files("finescope.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -115,7 +115,17 @@ def _scores(run: _Run) -> dict[str, Any] | None:
         "chart": Markup(charts.histogram(summaries.score_histogram(scores, curated, 60), cut)),
         "quantiles": summaries.score_quantiles(scores).to_dicts(),
         "near": near.with_columns(text=pl.Series(texts, dtype=pl.String)).to_dicts(),
+        "screen": _screen(run),
     }
+
+
+def _screen(run: _Run) -> dict[str, Any] | None:
+    """What passed the screen, and its recall of as many of the best as were curated, or the next more that it was measured of."""
+    if "screen" not in run.manifests:
+        return None
+    measured = run.facts("score").get("screen", [])
+    enough = [row for row in measured if row["documents"] >= run.manifests["curate"].rows_out]
+    return {**run.facts("screen"), "best": (enough or measured[-1:] or [None])[0]}
 
 
 def _curated(run: _Run) -> dict[str, Any] | None:

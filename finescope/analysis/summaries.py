@@ -5,12 +5,31 @@ from typing import Any
 
 import polars as pl
 
-from finescope.config import STEPS
+from finescope.config import ALL_STEPS
 from finescope.manifest import Manifest
 
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # The column by which a corpus says where a document came from.
 SOURCE = "source"
+
+
+def screen(step: Manifest) -> pl.DataFrame:
+    """What the screen let through: documents, passed, share, stopped, sampled, audited (of those that it stopped)."""
+    facts = {name: step.facts[name] for name in ("passed", "share", "stopped", "sampled", "audited")}
+    return pl.DataFrame({"documents": step.rows_out, **facts})
+
+
+def screen_by_domain(step: Manifest) -> pl.DataFrame:
+    """What was expected of it from its sample: domain, best (documents of the sample), recall of these, share that passes."""
+    kinds = {"domain": pl.String, "best": pl.Int64, "recall": pl.Float64, "share": pl.Float64}
+    return pl.DataFrame(step.facts["domains"], schema_overrides=kinds).select(*kinds)
+
+
+def screen_recall(step: Manifest) -> pl.DataFrame:
+    """As `score` measured it on the audit, a row a number of best documents: documents, above (documents of the audit that score
+    as high), recall, and the interval of 95 % at_least to at_most."""
+    kinds = {"documents": pl.Int64, "above": pl.Int64, **dict.fromkeys(("recall", "at_least", "at_most"), pl.Float64)}
+    return pl.DataFrame(step.facts["screen"], schema=kinds)
 
 
 def score_quantiles(scores: pl.LazyFrame) -> pl.DataFrame:
@@ -185,7 +204,7 @@ def wall_time(manifests: Mapping[str, Manifest]) -> pl.DataFrame:
     """Time by step, in the order of the pipeline: step, seconds, share, rows_in, rows_out, rejects."""
     rows: list[dict[str, Any]] = [
         {"step": name, "seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejects": m.rejects}
-        for name in STEPS
+        for name in ALL_STEPS
         if (m := manifests.get(name)) is not None
     ]
     integers = dict.fromkeys(("rows_in", "rows_out", "rejects"), pl.Int64)

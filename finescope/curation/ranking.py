@@ -92,10 +92,20 @@ class Ranking:
         seen = ranked.height if seeds is None else int(ranked["seed"].is_in(sorted(seeds)).sum())
         return self.best(min(seen + count, self.size)).slice(seen)
 
+    def _lowest_key(self, most: int) -> int:
+        enough = np.flatnonzero(np.cumsum(self.documents[::-1]) >= most)
+        return len(self.documents) - 1 - int(enough[0]) if len(enough) else 0
+
+    def lowest(self, most: int) -> float:
+        """A score that all of the `most` best reach, and none reaches that is more than a two-thousandth below the worst of
+        them. From the counts alone."""
+        ordered = np.uint32(self._lowest_key(most) << (32 - _KEY_BITS))
+        bits = ordered ^ np.uint32(1 << 31) if ordered >> 31 else ~ordered
+        return float(np.array(bits, np.uint32).view(np.float32))
+
     def best(self, most: int) -> pl.DataFrame:
         """The `most` best rows, `COLUMNS`. The second pass."""
-        enough = np.flatnonzero(np.cumsum(self.documents[::-1]) >= most)
-        lowest = len(self.documents) - 1 - int(enough[0]) if len(enough) else 0
+        lowest = self._lowest_key(most)
         held, rows = [pl.DataFrame(schemas.SCORES.empty_table().select(COLUMNS))], 0
         if most == 0:
             return held[0]

@@ -60,7 +60,9 @@ def curate(context: Context, corpus: CorpusSection, section: CurateSection, step
         storage.delete(storage.join(step.uri, table))
     scores = step["score"]
     ranking = Ranking.of(scores.files("scores"), Eligible(section.threshold))
-    limits = Limits.of(section, scores.tables["scores"].rows, len(scores.facts["seeds"]))
+    # A share is of the documents that a screen stopped, too.
+    documents = scores.tables["scores"].rows + (int(step["screen"].facts["stopped"]) if "screen" in step.inputs else 0)
+    limits = Limits.of(section, documents, len(scores.facts["seeds"]))
     with directories.scratch_directory(storage.join(step.uri, "staging")) as scratch:
         staging = Staging(scratch)
         filtered = limits.pool if section.diversity else limits

@@ -49,10 +49,15 @@ def _rows(step: StepInput, section: CurateSection, rows: int, model: str, facts:
     dictionary = {key: sae.facts[key] for key in ("layer", "architecture", "num_latents", "k", "fvu") if key in sae.facts}
     settings = section.model_dump(mode="json") | {"decontaminate": [path.rsplit("/", 1)[-1] for path in section.decontaminate]}
     reasons = [(f"rejected: {reason}", count) for reason, count in facts["reasons"].items()]
+    screen = []
+    if "screen" in step.inputs:
+        passed, documents = step["screen"].facts["passed"], step["screen"].rows_out
+        screen = [("screen", f"let through {passed:,} of {documents:,} documents")]
     return [
         ("base model", model),
         ("dictionary", dictionary | {"identity": sae.identity}),
         ("pooling", {key: value for key, value in step["embed"].section.items() if isinstance(value, int | str)}),
+        *screen,
         ("seeds", len(score.facts["seeds"])),
         ("score settings", {key: value for key, value in score.section.items() if isinstance(value, int | float | str)}),
         ("selection settings", settings),

@@ -104,7 +104,7 @@ def _random(
     context: Context, corpus: CorpusSection, section: DistillSection, step: StepInput, model: ModelReference, curated: pa.Table
 ) -> pa.Table:
     """As many documents as were curated, drawn from the whole corpus."""
-    located = random_documents(step["embed"], curated.num_rows, section.seed, ())
+    located = random_documents(step, curated.num_rows, section.seed, ())
     table = read_located(context, step["index"], model, corpus, located, "distill: random documents")
     return table.append_column("doc_id", pa.array(located["doc_id"].to_list(), pa.string()))
 

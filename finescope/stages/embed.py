@@ -1,9 +1,7 @@
 """`embed`: one sparse code a document. A unit of work is done when its shard and then its record are on storage."""
 
 import threading
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,32 +11,24 @@ from finescope import schemas, storage
 from finescope.config import CorpusSection, EmbedSection
 from finescope.corpus.documents import read_documents
 from finescope.curation.embed import Embedder
-from finescope.errors import StepFailed
-from finescope.manifest import TableFile
+from finescope.manifest import Manifest
 from finescope.models.load import ModelReference
 from finescope.runners.base import Context, Resources
 from finescope.stages.references import limited_units, memory_bytes, model_of
+from finescope.stages.units import Record, check_rate, map_units, records_at, rejected, shards, total, write_unit
 from finescope.steps import Outcome, StepInput
 
-_RECORDS = "units"
-# What is kept of a unit: an object of JSON on storage, a row of this from the worker.
-_RECORD = pa.schema(
-    [
-        *((name, pa.int64()) for name in ("unit", "rows_in", "rows", "rejects")),
-        ("reasons", pa.map_(pa.string(), pa.int64())),
-        ("tokens", pa.int64()),
-        ("fvu_sum", pa.float64()),
-        *((name, pa.int64()) for name in ("rejects_bytes", "bytes")),
-    ]
-)
+Unit = dict[str, Any]  # see stages.references.limited_units
+
 # One unit is computed, another read or written meanwhile.
 UNITS_AT_ONCE = 2
-# Records of an earlier attempt that are read at a time: each is a request to an object store.
-_READERS = 32
 
 
 class EmbedUnit:
     """Embeds one unit; the table worker of this step. The model is loaded when the first unit comes.
+
+    All documents of the unit, or some. Those of `rows`, where the unit has them; and of these, where it has `screened`, the
+    path of its shard of that table, those that passed, or, where `passed` is false, the others.
 
     Two threads may call it: while the codes of one unit are computed, the next is read and tokenised and the one before
     is written, so that the device never waits for storage.
@@ -52,45 +42,45 @@ class EmbedUnit:
     def __call__(self, batch: pa.Table) -> pa.Table:
         unit = batch.to_pylist()[0]
         with self._reading:
-            documents = read_documents(unit, self._corpus, unit["name"], self._embedder.tokenizer, unit["take"], "embed")
-            tokens = self._embedder.tokens(documents.table.column("text").to_pylist())
+            documents, rejects, rows_in = self._read(unit)
+            tokens = self._embedder.tokens(documents.column("text").to_pylist())
         with self._computing:
             embedded = self._embedder.codes(tokens)
-        count = documents.table.num_rows
+        count = documents.num_rows
         table = pa.table(
             {
-                "doc_id": documents.table.column("doc_id"),
+                "doc_id": documents.column("doc_id"),
                 "file": np.full(count, unit["file_index"], np.int32),
                 "row_group": np.full(count, unit["row_group"], np.int32),
-                "row": documents.table.column("row"),
+                "row": documents.column("row"),
                 **{name: embedded.column(name) for name in embedded.column_names},
             }
         )
         # The first position is no part of a code (an attention sink), so that a document of one token has none.
         short = table.column("num_tokens").to_numpy() < 2
-        rejects = pa.concat_tables([documents.rejects, _too_short(table.filter(pa.array(short)), unit)])
+        rejects = pa.concat_tables([rejects, _too_short(table.filter(pa.array(short)), unit)])
         embeddings = schemas.conform(table.filter(pa.array(~short)), schemas.EMBEDDINGS)
-        return pa.Table.from_pylist([self._write(unit, embeddings, rejects, documents.num_rows_in)], schema=_RECORD)
-
-    def _write(self, unit: dict[str, Any], embeddings: pa.Table, rejects: pa.Table, rows_in: int) -> dict[str, Any]:
-        """Shards first, the record that makes them count last. A unit done twice writes the same bytes to the same names."""
-        name = f"part-{unit['unit']:06d}.parquet"
-        sizes = {"rejects_bytes": 0, "bytes": 0}
-        if rejects.num_rows:
-            sizes["rejects_bytes"] = storage.put_parquet(storage.join(self._uri, "rejects", name), rejects)
-        sizes["bytes"] = storage.put_parquet(storage.join(self._uri, "embeddings", name), embeddings)
-        record = {
-            "unit": unit["unit"],
-            "rows_in": rows_in,
-            "rows": embeddings.num_rows,
-            "rejects": rejects.num_rows,
-            "reasons": dict(sorted(Counter(rejects.column("reason").to_pylist()).items())),
+        known = {
             "tokens": int(embeddings.column("num_tokens").to_numpy().sum(dtype=np.int64)),
             "fvu_sum": float(embeddings.column("fvu").to_numpy().sum(dtype=np.float64)),
-            **sizes,
         }
-        storage.put_json(storage.join(self._uri, _RECORDS, f"{unit['unit']:06d}.json"), record)
-        return record
+        return write_unit(self._uri, unit["unit"], "embeddings", embeddings, rejects, rows_in, **known)
+
+    def _read(self, unit: dict[str, Any]) -> tuple[pa.Table, pa.Table, int]:
+        """Documents, rejects and rows in of a unit. Of some of its rows, those that are no documents were rejected elsewhere."""
+        found = read_documents(unit, self._corpus, unit["name"], self._embedder.tokenizer, unit["take"], "embed")
+        rows = found.table.column("row").to_numpy()
+        chosen = np.ones(len(rows), bool)
+        if unit.get("screened") is not None:
+            screened = storage.read_parquet(unit["screened"], ["row", "margin"])
+            assert np.array_equal(screened.column("row").to_numpy(), rows), "the documents that the screen saw"
+            chosen = (screened.column("margin").to_numpy() >= 0) == unit["passed"]
+        elif unit.get("rows") is None:
+            return found.table, found.rejects, found.num_rows_in
+        if unit.get("rows") is not None:
+            chosen &= np.isin(rows, unit["rows"])
+        documents = found.table.filter(pa.array(chosen))
+        return documents, found.rejects.slice(0, 0), documents.num_rows
 
 
 def _too_short(rows: pa.Table, unit: dict[str, Any]) -> pa.Table:
@@ -110,63 +100,46 @@ def _too_short(rows: pa.Table, unit: dict[str, Any]) -> pa.Table:
 
 
 def embed(context: Context, corpus: CorpusSection, section: EmbedSection, step: StepInput) -> Outcome:
-    """Embed every document of the corpus; units that an earlier attempt did are taken as they are.
+    """Embed every document of the corpus, or those that the screen let through; units that an earlier attempt did are taken
+    as they are.
 
     Raises:
         CorpusError: a file is gone or has changed since `index`.
         StepFailed: more than `max_reject_rate` of the rows are rejected.
     """
     units = [unit for unit in limited_units(step["index"], corpus.limit) if unit["take"] > 0]
-    done = {int(name.removesuffix(".json")) for name in storage.list_names(storage.join(step.uri, _RECORDS))}
+    documents = sum(unit["take"] for unit in units)
+    if "screen" in step.inputs:
+        units, documents = _passed(units, step["screen"])
+    records = embedded_units(context, "embed", corpus, section, step, units, step.uri, documents)
+    check_rate(records, corpus.max_reject_rate)
+    rows = total(records, "rows")
+    tables = {"embeddings": shards(records, "embeddings"), "rejects": rejected(records)}
+    fvu = sum(record["fvu_sum"] for record in records) / max(rows, 1)
+    facts = {"tokens": total(records, "tokens"), "fvu": fvu, "units": len(units)}
+    return Outcome(total(records, "rows_in"), rows, total(records, "rejects"), tables, facts)
+
+
+def _passed(units: Sequence[Unit], screen: Manifest) -> tuple[list[Unit], int]:
+    """The units of which something passed the screen, each with its shard of `screened`; and how many documents did."""
+    records = records_at(screen.uri, [unit["unit"] for unit in units])
+    found = zip(units, screen.files("screened"), records, strict=True)
+    left = [unit | {"screened": shard, "passed": True} for unit, shard, record in found if record["passed"]]
+    return left, total(records, "passed")
+
+
+def embedded_units(
+    context: Context,
+    name: str,
+    corpus: CorpusSection,
+    section: EmbedSection,
+    step: StepInput,
+    units: Sequence[Unit],
+    uri: str,
+    documents: int,
+) -> list[Record]:
+    """Embed `units` (see `EmbedUnit`), of about so many `documents`, into a table `embeddings` at `uri`; their records."""
     model = model_of(step["model"])
-    arguments = (model, storage.join(step["sae"].uri, "dictionary"), corpus, section, step.uri)
-    left = pa.Table.from_pylist([unit for unit in units if unit["unit"] not in done])
+    arguments = (model, storage.join(step["sae"].uri, "dictionary"), corpus, section, uri)
     resources = Resources(memory_bytes(model), units_at_once=UNITS_AT_ONCE)
-    with context.reporter.task("embed", sum(unit["take"] for unit in units), "documents") as progress:
-        records = _records(step.uri, [unit["unit"] for unit in units if unit["unit"] in done])
-        progress(sum(record["rows_in"] for record in records))
-        for table in context.runner.map(EmbedUnit, arguments, left, resources):
-            (record,) = table.to_pylist(maps_as_pydicts="strict")
-            records.append(record)
-            progress(record["rows_in"])
-    # Sums of floats depend on the order, and units come in any.
-    records.sort(key=lambda record: record["unit"])
-    rows_in = sum(record["rows_in"] for record in records)
-    rejects = sum(record["rejects"] for record in records)
-    _check_rate(rows_in, rejects, records, corpus.max_reject_rate)
-    rows = sum(record["rows"] for record in records)
-    tables = {
-        "embeddings": tuple(_file("embeddings", r["unit"], r["rows"], r["bytes"]) for r in records),
-        "rejects": tuple(_file("rejects", r["unit"], r["rejects"], r["rejects_bytes"]) for r in records if r["rejects"]),
-    }
-    tokens = sum(record["tokens"] for record in records)
-    facts = {"tokens": tokens, "fvu": sum(record["fvu_sum"] for record in records) / max(rows, 1), "units": len(units)}
-    return Outcome(rows_in, rows, rejects, tables, facts)
-
-
-def _records(uri: str, units: Iterable[int]) -> list[dict[str, Any]]:
-    """The records of units that are done."""
-    paths = [storage.join(uri, _RECORDS, f"{unit:06d}.json") for unit in units]
-    with ThreadPoolExecutor(_READERS) as readers:
-        return list(readers.map(storage.read_json, paths))
-
-
-def _check_rate(rows: int, rejects: int, records: list[dict[str, Any]], most: float) -> None:
-    reasons: dict[str, int] = {}
-    for record in records:
-        for reason, count in record["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    if rows == 0:
-        raise StepFailed("the corpus has no row")
-    if rejects / rows > most:
-        leading = max(reasons, key=lambda reason: (reasons[reason], reason))
-        raise StepFailed(
-            f"{rejects:,} of {rows:,} rows are rejected, more than corpus.max_reject_rate ({most}) allows; "
-            f"{reasons[leading]:,} of them: {leading}"
-        )
-    if rejects == rows:
-        raise StepFailed("every row of the corpus is rejected")
-
-
-def _file(table: str, unit: int, rows: int, size: int) -> TableFile:
-    return TableFile(path=f"{table}/part-{unit:06d}.parquet", rows=rows, bytes=size)
+    return map_units(context, name, EmbedUnit, arguments, units, resources, uri, documents)

@@ -79,7 +79,7 @@ def _general(
     if section.general:
         return tuple(read_texts(section.general, corpus, load_tokenizer(base)))
     curated = read_shards(step["curate"], "curated", ["doc_id"]).column("doc_id").to_pylist()
-    located = random_documents(step["embed"], section.documents, 0, curated)
+    located = random_documents(step, section.documents, 0, curated)
     table = read_located(context, step["index"], base, corpus, located, "evaluate: reading")
     return tuple(table.column("text").to_pylist())
 

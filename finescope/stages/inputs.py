@@ -32,7 +32,7 @@ def check_inputs(recipe: Recipe, model: Manifest, left: Sequence[Step]) -> None:
         require_prunable(FAMILIES[reference.model_type])
     tokenizer = load_tokenizer(reference)
     for seeds in recipe.seeds.files:
-        if ("score", seeds.domain) in {(step.name, step.domain) for step in left}:
+        if "screen" in steps or ("score", seeds.domain) in {(step.name, step.domain) for step in left}:
             _check_seeds(seeds, recipe, tokenizer)
     if "curate" in steps and recipe.curate.decontaminate:
         read_strings(recipe.curate.decontaminate)

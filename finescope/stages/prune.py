@@ -58,7 +58,7 @@ def prune(context: Context, corpus: CorpusSection, section: PruneSection, step: 
 def calibration_texts(context: Context, corpus: CorpusSection, section: PruneSection, step: StepInput) -> tuple[str, ...]:
     """Texts of the calibration documents: the best of the curated set, or random ones."""
     if section.calibration == "random":
-        located = random_documents(step["embed"], section.documents, section.seed, ())
+        located = random_documents(step, section.documents, section.seed, ())
         table = read_located(context, step["index"], model_of(step["model"]), corpus, located, "prune: reading")
     else:
         table = read_shards(step["curate"], "curated", ["text"], section.documents)

@@ -15,6 +15,7 @@ from finescope.corpus.shapes import shaped_as_indexed
 from finescope.manifest import Manifest, TableFile
 from finescope.models.load import ModelReference, load_tokenizer
 from finescope.runners.base import Context, Resources
+from finescope.steps import StepInput
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A process with torch, transformers and a Ray worker in it, before any weight.
@@ -117,12 +118,14 @@ def read_located(
     return read.take(pa.array(order, pa.int64())).drop_columns(["__unit", "__row"])
 
 
-def random_documents(embeddings: Manifest, count: int, seed: int, without: Sequence[str]) -> pl.DataFrame:
-    """A uniform sample of embedded documents (doc_id, file, row_group, row) that are not in `without`.
+def random_documents(step: StepInput, count: int, seed: int, without: Sequence[str]) -> pl.DataFrame:
+    """A uniform sample of the corpus's documents (doc_id, file, row_group, row) that are not in `without`.
 
-    The order is that of a hash of id and seed, so that it depends on neither shards nor runners.
+    Of those that `embed` embedded; behind a screen, of the screen's own sample, as the others are no longer any documents of
+    the corpus. The order is that of a hash of id and seed, so that it depends on neither shards nor runners.
     """
-    frame = frame_of(embeddings, "embeddings").select("doc_id", "file", "row_group", "row", "num_tokens")
+    drawn_from = frame_of(step["screen"], "sampled") if "screen" in step.inputs else frame_of(step["embed"], "embeddings")
+    frame = drawn_from.select("doc_id", "file", "row_group", "row", "num_tokens")
     frame = frame.filter(~pl.col("doc_id").is_in(list(without)))
     frame = frame.with_columns(pl.col("doc_id").hash(seed).alias("draw"))
     return frame.bottom_k(count, by=["draw", "doc_id"]).collect().sort(["draw", "doc_id"]).drop("draw")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -78,6 +79,23 @@ def test_counts_are_the_same(finished: Finished, on_ray: dict[str, Manifest]) ->
         assert (here.rows_in, here.rows_out, here.rejects) == (there.rows_in, there.rows_out, there.rejects), name
         assert there.rows_in == there.rows_out + there.rejects
     assert leftovers(Path(on_ray["report"].uri).parent) == []
+
+
+def test_a_screen_lets_through_the_same(finished: Finished, session: None) -> None:
+    def run(name: str, compute: dict[str, object]) -> dict[str, Manifest]:
+        values = recipe_values(finished.root, name, compute=compute)
+        screen = {"sample": 100, "audit": 60, "top": 0.2, "recall": 0.9}
+        for step in ("index", "model", "sae"):
+            shutil.copytree(finished.output / step, Path(values["output"]) / step)
+        return pipeline.run(Recipe.model_validate({**values, "screen": screen}), SilentReporter(), "screen")
+
+    here, there = run("screen-local", {"runner": "local"}), run("screen-ray", _COMPUTE)
+    for table in ("screened", "sampled", "audited"):
+        one, other = (pl.read_parquet(found["screen"].files(table)) for found in (here, there))
+        assert one.height > 0
+        assert one.equals(other), table
+    assert 0 < here["screen"].facts["passed"] < here["screen"].rows_out
+    assert here["screen"].facts == there["screen"].facts
 
 
 def test_two_processes_train_the_student_of_one(finished: Finished, on_ray: dict[str, Manifest]) -> None:

@@ -121,3 +121,13 @@ def test_rows_are_found_by_their_place(tmp_path: Path):
     )
     found = located_rows(files, wanted, ["num_tokens", "doc_id"])
     assert found.to_pydict() == {"num_tokens": [10, 4, 1, 6], "doc_id": ["2-9", "0-3", "2-0", "1-5"]}
+
+
+def test_from_the_counts_alone_it_is_known_how_low_the_best_lie():
+    scores = np.random.default_rng(3).normal(size=400).astype(np.float32)
+    files = put_scores("memory://lowest-test", [[(f"d{at:03d}", float(score)) for at, score in enumerate(scores)]])
+    counted, falling = Ranking.of(files, Eligible()), np.sort(scores)[::-1]
+    for most in (1, 7, 150, 250, 400):
+        worst = falling[most - 1]
+        assert worst - abs(worst) / 1000 <= counted.lowest(most) <= worst
+    assert counted.lowest(250) < 0 < counted.lowest(150)

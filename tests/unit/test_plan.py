@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from finescope import demo, pipeline, plan, schemas, steps, storage
 from finescope.cli import app
-from finescope.config import STEPS, Recipe
+from finescope.config import ALL_STEPS, STEPS, Recipe
 from finescope.corpus import demo_inputs
 from finescope.curation.near_duplicates import SKETCH_BYTES
 from finescope.curation.select import with_spare
@@ -63,6 +63,33 @@ def test_every_step_has_its_cost(root: Path, tmp_path: Path):
     # 32 of about 50 tokens a document are read.
     assert cost["embed"].tokens == DOCUMENTS * 32
     assert cost["sae"].tokens == 2000
+
+
+def test_a_screen_spares_the_embedding(root: Path, tmp_path: Path):
+    plain = by_step(costs(recipe_of(root, tmp_path)))
+
+    def planned(**screen: float) -> dict[str, Cost]:
+        values = recipe_of(root, tmp_path).model_dump() | {
+            "screen": {"sample": 100, "audit": 5, "top": 0.2, "recall": 0.9} | screen
+        }
+        return by_step(costs(Recipe.model_validate(values)))
+
+    assert list(planned()) == list(ALL_STEPS)
+    assert planned()["embed"] == plain["embed"], "how many it takes is not known before"
+    found = planned(share=0.25)
+    assert (found["screen"].documents, found["embed"].documents, found["score"].documents) == (
+        DOCUMENTS,
+        DOCUMENTS // 4,
+        DOCUMENTS // 4,
+    )
+    assert found["embed"].flops == plain["embed"].flops / 4
+    assert found["screen"].tokens == 105 * 32, "the samples are embedded"
+    recipe = Recipe.model_validate(recipe_of(root, tmp_path).model_dump() | {"screen": {}})
+    for step in list(pipeline.steps_of(recipe).values())[:4]:
+        facts = {"passed": 17} if step.name == "screen" else {}
+        tables = {"documents": ()} if step.name == "index" else {}
+        steps.run(step, str(tmp_path), lambda _, tables=tables, facts=facts: Outcome(tables=tables, facts=facts))
+    assert by_step(costs(recipe))["embed"].documents == 17, "as many as passed"
 
 
 def test_costs_follow_the_recipe(root: Path, tmp_path: Path):

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from finescope.config import STEPS, Recipe
+from finescope.config import ALL_STEPS, STEPS, Recipe
 from finescope.errors import RecipeError
 from finescope.pipeline import placed, steps_of
 from finescope.recipe import load, parse
@@ -227,3 +227,27 @@ def test_what_moves_a_step_and_what_does_not(tmp_path: Path, monkeypatch: pytest
     assert changed("corpus.limit=5") == [name for name in STEPS if name != "model"]
     Path("seeds.jsonl").write_text('{"text": "b"}\n')
     assert changed() == list(STEPS[STEPS.index("score") :]), "new seeds leave the embeddings as they are"
+
+
+def test_behind_a_screen_the_embeddings_depend_on_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("seeds.jsonl").write_text('{"text": "a"}\n')
+    Path("b.jsonl").write_text('{"text": "b"}\n')
+    plain, first = identities(parse(BASE, "r.yaml")), identities(parse(BASE, "r.yaml", ["screen={}"]))
+    assert list(first) == list(ALL_STEPS)
+    assert [name for name in STEPS if plain[name] != first[name]] == list(STEPS[STEPS.index("embed") :])
+
+    def changed(*overrides: str) -> list[str]:
+        found = identities(parse(BASE, "r.yaml", ["screen={}", *overrides]))
+        return [name for name in ALL_STEPS if found[name] != first[name]]
+
+    after = list(ALL_STEPS[ALL_STEPS.index("screen") :])
+    assert changed("screen.share=0.1") == changed("score.similarity=max") == changed("embed.max_tokens=64") == after
+    assert changed("curate.documents=5") == list(STEPS[STEPS.index("curate") :])
+    named, other = (
+        identities(parse(BASE.replace("{path: seeds.jsonl}", seeds), "r.yaml", ["screen={}"]))
+        for seeds in ("{x: seeds.jsonl, y: b.jsonl}", "{a: b.jsonl, b: seeds.jsonl}")
+    )
+    assert named["embed"] == other["embed"] != first["embed"], "neither names nor their order count, domains do"
+    Path("seeds.jsonl").write_text('{"text": "c"}\n')
+    assert changed() == after
