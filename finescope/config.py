@@ -88,7 +88,9 @@ class ScoreSection(Section):
     temperature: float = Field(
         default=0.2, gt=0.0, description="of softmax, in units of the cosine: near zero it is max, far above one mean"
     )
-    weighting: Literal["none", "idf", "centred", "contrast"] = Field(default="centred", description="none is the paper's")
+    weighting: Literal["none", "idf", "centred", "decoded", "contrast"] = Field(
+        default="decoded", description="what is compared; none is the paper's"
+    )
 
 
 class CurateSection(Section):

@@ -78,6 +78,7 @@ class CorpusStatistics:
 
     documents: int
     sqrt_sum: np.ndarray  # float64 [num_latents], sum of square roots of the L1-normalised codes
+    value_sum: np.ndarray  # float64 [num_latents], sum of the codes
     share_sum: np.ndarray  # float64 [num_latents], sum of the L1-normalised codes: the roots' squares
     active: np.ndarray  # int64 [num_latents], documents in which a latent is active
 
@@ -87,13 +88,15 @@ class CorpusStatistics:
         shares = normalise(codes).values
         roots = np.bincount(codes.ids, weights=np.sqrt(shares), minlength=codes.num_latents)
         sums = np.bincount(codes.ids, weights=shares, minlength=codes.num_latents)
-        return cls(len(codes), roots, sums, np.bincount(codes.ids[codes.values > 0], minlength=codes.num_latents))
+        values = np.bincount(codes.ids, weights=codes.values, minlength=codes.num_latents)
+        return cls(len(codes), roots, values, sums, np.bincount(codes.ids[codes.values > 0], minlength=codes.num_latents))
 
     def row(self) -> dict[str, Any]:
         """The sums as a row of a table, which is how they travel."""
         return {
             "documents": self.documents,
             "sqrt_sum": self.sqrt_sum.tolist(),
+            "value_sum": self.value_sum.tolist(),
             "share_sum": self.share_sum.tolist(),
             "active": self.active.tolist(),
         }
@@ -101,13 +104,14 @@ class CorpusStatistics:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "CorpusStatistics":
         """What `row` gave."""
-        sums = np.array(row["sqrt_sum"]), np.array(row["share_sum"])
+        sums = np.array(row["sqrt_sum"]), np.array(row["value_sum"]), np.array(row["share_sum"])
         return cls(row["documents"], *sums, np.array(row["active"], np.int64))
 
     def __add__(self, other: "CorpusStatistics") -> "CorpusStatistics":
         return CorpusStatistics(
             self.documents + other.documents,
             self.sqrt_sum + other.sqrt_sum,
+            self.value_sum + other.value_sum,
             self.share_sum + other.share_sum,
             self.active + other.active,
         )

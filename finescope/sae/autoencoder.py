@@ -113,6 +113,10 @@ class SparseAutoencoder(nn.Module):
         total = ((chosen - self.mean) / self.scale).square().sum(-1)
         return ReconstructionError(error, total)
 
+    def standardised_decoder(self) -> Tensor:
+        """[L, C] on the CPU: the decoder's rows in standardised coordinates, of unit norm where training ended."""
+        return (self.decoder_weight / self.scale).detach().float().cpu()
+
     def select(self, activations: Tensor) -> Tensor:
         """[N, d_in] -> [N, C] float32: what the dictionary sees."""
         return select(activations, self.coordinates, self.basis)

@@ -33,7 +33,7 @@ def score(
     files, documents = step["embed"].files("embeddings"), step["embed"].tables["embeddings"].rows
     screened = step.inputs.get("screen")
     known = (files, documents) if screened is None else (screened.files("sampled"), screened.tables["sampled"].rows)
-    background = Background(context, *known, num_latents, section, "score")
+    background = Background(context, *known, step, section, "score")
     scorer = background.scorer(codes)
     written: list[dict[str, Any]] = []
     with context.reporter.task("score", documents, "documents") as progress:

@@ -16,6 +16,7 @@ from finescope.curation.shards import ShardStatistics
 from finescope.errors import CorpusError
 from finescope.models.load import ModelReference, load_tokenizer
 from finescope.runners.base import Context, Progress, Resources
+from finescope.sae.dictionary import load_dictionary
 from finescope.stages.references import memory_bytes, model_of
 from finescope.steps import StepInput
 
@@ -23,6 +24,10 @@ from finescope.steps import StepInput
 def num_latents_of(step: StepInput) -> int:
     """The width of a code."""
     return int(step["sae"].facts["num_latents"])
+
+
+def _dictionary(step: StepInput) -> str:
+    return storage.join(step["sae"].uri, "dictionary")
 
 
 def seed_codes(
@@ -36,7 +41,7 @@ def seed_codes(
     model = model_of(step["model"])
     texts = read_seeds(seeds, corpus, load_tokenizer(model))
     with context.reporter.task(f"{name}: seeds", len(texts), "seeds") as progress:
-        arguments = (texts, model, storage.join(step["sae"].uri, "dictionary"), embedded)
+        arguments = (texts, model, _dictionary(step), embedded)
         table = context.runner.call(_embed_seeds, arguments, progress, Resources(memory_bytes(model)))
     return texts, _checked(codes_of(table, num_latents_of(step)), seeds)
 
@@ -59,15 +64,17 @@ class Background:
     """What scores are weighed with: sums over codes that stand for the corpus and, for `contrast`, a sample of them."""
 
     def __init__(
-        self, context: Context, files: Sequence[str], documents: int, num_latents: int, section: ScoreSection, name: str
+        self, context: Context, files: Sequence[str], documents: int, step: StepInput, section: ScoreSection, name: str
     ) -> None:
-        """Reads them.
+        """Reads them, and the dictionary of the run's `sae`, where `decoded` needs it.
 
         Args:
             files: shards of codes, of so many `documents` in all.
             name: of the step, as it is reported.
         """
-        self._section, with_sample = section, section.weighting == "contrast"
+        self._section, with_sample, num_latents = section, section.weighting == "contrast", num_latents_of(step)
+        decoded = section.weighting == "decoded"
+        self._decoder = load_dictionary(_dictionary(step)).autoencoder.standardised_decoder().numpy() if decoded else None
         samples: list[tuple[int, Codes]] = []
         total: CorpusStatistics | None = None
         # Added up in the order of the shards, whatever order they come in: a sum of floats depends on it.
@@ -91,7 +98,8 @@ class Background:
     def scorer(self, seeds: Codes) -> Scorer:
         """The scorer of one domain."""
         section = self._section
-        return Scorer(seeds, self._statistics, section.similarity, section.weighting, section.temperature, self.sample)
+        settings = (section.similarity, section.weighting, section.temperature)
+        return Scorer(seeds, self._statistics, *settings, self.sample, self._decoder)
 
 
 def units_of(files: Sequence[str]) -> pa.Table:

@@ -123,7 +123,7 @@ def _fit(context: Context, recipe: Screening, step: StepInput, units: Sequence[U
     if not documents:
         raise StepFailed(f"none of the {sum(len(unit['rows']) for unit in units):,} rows of the sample is a document")
     num_latents = num_latents_of(step)
-    background = Background(context, files, documents, num_latents, recipe.score, "screen")
+    background = Background(context, files, documents, step, recipe.score, "screen")
     codes = Codes.concatenated([codes_of(storage.read_parquet(file), num_latents) for file in files])
     grams = _ngrams(context, recipe.corpus, step, work, characters)
     weights, bias, cuts, domains = [], [], [], []

@@ -40,7 +40,7 @@ from finescope.sae.coordinates import choose_coordinates
 
 CHUNK = 250  # documents
 SIMILARITIES: tuple[Similarity, ...] = ("balanced", "max", "mean", "softmax")
-WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "contrast")
+WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "decoded", "contrast")
 DENSE = ("max", "mean", "balanced")  # similarities of the baselines
 KEEP = (16, 32, 64, 128, 256, 4096)
 _K1, _B = 1.2, 0.75  # BM25
@@ -137,7 +137,9 @@ def lexical(sample: Sample) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ("max", "mean"):
         similarity: Similarity = "max" if kind == "max" else "mean"
-        scorers = [Scorer(rows_of(logs[1], n), CorpusStatistics.of(logs[0]), similarity, "idf", 1.0, None) for n in range(4)]
+        scorers = [
+            Scorer(rows_of(logs[1], n), CorpusStatistics.of(logs[0]), similarity, "idf", 1.0, None, None) for n in range(4)
+        ]
         found[f"tf_idf/{kind}"] = judged(lambda n, scorers=scorers: scorers[n](logs[0]).score, sample)
         found[f"bm25/{kind}"] = judged(lambda n, kind=kind: getattr(bm25[:, 10 * n : 10 * n + 10], kind)(axis=1), sample)
     return found
@@ -202,14 +204,17 @@ def kept(pooled: np.ndarray, keep: int) -> Codes:
     return Codes(offsets, ids.astype(np.int32), matrix[rows, ids].astype(np.float32), matrix.shape[1])
 
 
-def scores(codes: Pooled, keep: int, similarity: Similarity, weighting: Weighting, sample: Sample, **of: bool) -> dict[str, Any]:
-    """`finescope.curation` on pooled codes."""
+def scores(
+    codes: Pooled, decoder: np.ndarray, keep: int, similarity: Similarity, weighting: Weighting, sample: Sample, **of: bool
+) -> dict[str, Any]:
+    """`finescope.curation` on pooled codes of the dictionary with this decoder [num_latents, C]."""
     documents, seeds = kept(codes.documents, keep), kept(codes.seeds, keep)
     chosen = np.flatnonzero(drawn([str(number) for number in range(len(documents))], len(documents)))
     background = Codes.concatenated([list(documents.slices(1))[place] for place in chosen]) if weighting == "contrast" else None
     temperature = ScoreSection().temperature
     statistics = CorpusStatistics.of(documents)
-    scorers = [Scorer(rows_of(seeds, n), statistics, similarity, weighting, temperature, background) for n in range(4)]
+    settings = (statistics, similarity, weighting, temperature, background, decoder if weighting == "decoded" else None)
+    scorers = [Scorer(rows_of(seeds, n), *settings) for n in range(4)]
     found = judged(lambda number: scorers[number](documents).score, sample, **of)
     # Stored: an id of 4 bytes and a value of 2 a latent, before compression.
     return {"bytes_a_document": 6 * len(documents.ids) / len(documents), **found}
@@ -258,13 +263,14 @@ def main() -> None:
         for method in arguments.coordinates:
             autoencoder = dictionary(method, parts, network, first, arguments.layer)
             with torch.no_grad():
+                decoder = autoencoder.standardised_decoder().numpy()
                 codes = pool(lambda v, a=autoencoder: a.encode(torch.from_numpy(v)).numpy(), autoencoder.num_latents)
             for weighting in WEIGHTINGS:
                 for similarity in SIMILARITIES if weighting != "contrast" else SIMILARITIES[:1]:
-                    found[f"{method}/{similarity}/{weighting}"] = scores(codes, 128, similarity, weighting, sample)
+                    found[f"{method}/{similarity}/{weighting}"] = scores(codes, decoder, 128, similarity, weighting, sample)
             default = ScoreSection()
             for keep in KEEP:
-                figures = scores(codes, keep, default.similarity, default.weighting, sample, by_source=keep == 128)
+                figures = scores(codes, decoder, keep, default.similarity, default.weighting, sample, by_source=keep == 128)
                 found[f"{method}/default/keep_{keep}"] = figures
             print({name: row["mean"] for name, row in found.items()}, file=sys.stderr, flush=True)
     print(json.dumps({"documents": len(sample.texts), "max_tokens": arguments.max_tokens, "rankings": found}))

@@ -70,7 +70,9 @@ def ranked(corpus: Codes, seeds: dict[str, Codes], labels: np.ndarray) -> dict[s
     found: dict[str, dict[str, float]] = {}
     for name, (similarity, weighting) in scores.items():
         by_domain = {
-            domain: average_precision(Scorer(codes, statistics, similarity, weighting, 0.1, None)(corpus).score, labels == domain)
+            domain: average_precision(
+                Scorer(codes, statistics, similarity, weighting, 0.1, *2 * [None])(corpus).score, labels == domain
+            )
             for domain, codes in seeds.items()
         }
         found[name] = {**by_domain, "mean": float(np.mean(list(by_domain.values())))}

@@ -58,6 +58,7 @@ class Case(NamedTuple):
     texts: list[str]
     seeds: Codes
     seed_texts: list[str]
+    decoder: np.ndarray  # float32 [num_latents, C]
 
 
 def taken(case: Case, places: np.ndarray) -> Case:
@@ -79,7 +80,8 @@ def rare(case: Case, of_domain: np.ndarray) -> Case:
 def scores(case: Case, codes: Codes, statistics: CorpusStatistics) -> np.ndarray:
     """By the recipe's default."""
     section = ScoreSection()
-    return Scorer(case.seeds, statistics, section.similarity, section.weighting, section.temperature, None)(codes).score
+    settings = (section.similarity, section.weighting, section.temperature)
+    return Scorer(case.seeds, statistics, *settings, None, case.decoder)(codes).score
 
 
 def judged(case: Case, sample: int, max_tokens: int, with_seeds: bool = True) -> dict[str, Any]:
@@ -153,13 +155,13 @@ def main() -> None:
             pooled_by(path, lambda v: autoencoder.encode(torch.from_numpy(v)).numpy(), autoencoder.num_latents) for path in paths
         ]
     documents, seeds = (kept(values, EmbedSection().keep_latents) for values in (np.concatenate(pools[:-1]), pools[-1]))
-    print(json.dumps(compared(documents, seeds, sample, arguments.sample, most)))
+    print(json.dumps(compared(documents, seeds, autoencoder.standardised_decoder().numpy(), sample, arguments.sample, most)))
 
 
-def compared(documents: Codes, seeds: Codes, sample: Sample, count: int, max_tokens: int) -> dict[str, Any]:
+def compared(documents: Codes, seeds: Codes, decoder: np.ndarray, sample: Sample, count: int, max_tokens: int) -> dict[str, Any]:
     """All figures."""
     cases = [
-        Case(documents, sample.texts, rows_of(seeds, number), sample.seeds[10 * number : 10 * number + 10])
+        Case(documents, sample.texts, rows_of(seeds, number), sample.seeds[10 * number : 10 * number + 10], decoder)
         for number in range(len(DOMAINS))
     ]
     began = time.process_time()

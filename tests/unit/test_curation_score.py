@@ -10,9 +10,11 @@ from finescope.curation.codes import CorpusStatistics
 from finescope.curation.contrast import fit_contrast
 from finescope.curation.score import TOP_LATENTS, Scored, Scorer, Similarity, Weighting
 
-WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "contrast")
+WEIGHTINGS: tuple[Weighting, ...] = ("none", "idf", "centred", "decoded", "contrast")
 SIMILARITIES: tuple[Similarity, ...] = ("balanced", "max", "mean", "softmax")
 TEMPERATURE = 0.2
+# Of three coordinates: latents are alike here, as those that a dictionary has split.
+DECODER = np.random.default_rng(0).standard_normal((NUM_LATENTS, 3)).astype(np.float32)
 
 
 def roots(matrix: np.ndarray) -> np.ndarray:
@@ -30,6 +32,8 @@ def naive_vectors(matrix: np.ndarray, corpus: np.ndarray, weighting: Weighting) 
         return matrix
     if weighting == "idf":
         return matrix * idf(corpus)
+    if weighting == "decoded":
+        return (matrix - corpus.mean(axis=0)) @ DECODER
     return roots(matrix) - roots(corpus).mean(axis=0)
 
 
@@ -66,13 +70,24 @@ def scored(
     documents: np.ndarray, seeds: np.ndarray, corpus: np.ndarray, weighting: Weighting, similarity: Similarity = "max"
 ) -> Scored:
     codes = codes_from(corpus)
-    scorer = Scorer(codes_from(seeds), CorpusStatistics.of(codes), similarity, weighting, TEMPERATURE, codes)
+    scorer = Scorer(
+        codes_from(seeds),
+        CorpusStatistics.of(codes),
+        similarity,
+        weighting,
+        TEMPERATURE,
+        codes,
+        DECODER if weighting == "decoded" else None,
+    )
     return scorer(codes_from(documents))
 
 
 def naive_gains(document: np.ndarray, direction: np.ndarray, weighting: Weighting, corpus: np.ndarray) -> np.ndarray:
     """What each latent of a document adds to its dot product with a direction."""
     values = {"none": document, "idf": document * idf(corpus)}.get(weighting, roots(document[None])[0])
+    if weighting == "decoded":
+        values, direction = document, DECODER @ (direction / (np.linalg.norm(direction) or 1.0))
+        return values * direction
     return values * direction / (np.linalg.norm(direction) or 1.0)
 
 
@@ -127,7 +142,7 @@ def test_top_latents_are_the_largest_contributions(weighting: Weighting, data: s
         assert np.all(seeds[found.seed[row]][named] > 0), "a reason is shared"
         if weights is not None:
             direction = np.where(direction > 1e-6, weights[0], 0.0)
-        gains = naive_gains(corpus[row], direction, weighting, corpus)
+        gains = naive_gains(corpus[row], direction, weighting, corpus) * (seeds[found.seed[row]] > 0)
         if np.any((gains > 0) & (gains < 1e-6)):
             continue  # a product that is rounding alone may be named or not
         assert len(named) == len(set(named))
@@ -182,6 +197,21 @@ def test_centred_by_hand():
     assert found.top_latents.to_pylist() == [[0], []]
 
 
+def test_decoded_by_hand():
+    """Latents 0 and 1 are one direction that was split: to a seed of the one, a document of the other is all alike."""
+    decoder = np.array([[1.0, 0], [1.0, 0], [0, 1.0], [0, 0], [0, 0], [0, 0]], np.float32)
+    documents = codes_from(np.array([[3.0, 0, 0, 0, 0, 0], [0, 5.0, 0, 0, 0, 0], [0, 0, 4.0, 0, 0, 0], [0] * 6]))
+    seeds = codes_from(np.array([[2.0, 0, 0, 0, 0, 0]]))
+    # The mean code is (3, 5, 4) / 4, decoded (2, 1).
+    found = Scorer(seeds, CorpusStatistics.of(documents), "max", "decoded", 1.0, None, decoder)(documents)
+    direction = np.array([0.0, -1.0])
+    expected = [np.array(x) @ direction / np.linalg.norm(x) for x in ([1.0, -1.0], [3.0, -1.0], [-2.0, 3.0])]
+    assert found.score.tolist() == pytest.approx([*expected, -1.0])
+    one = Scorer(seeds, CorpusStatistics.of(seeds.with_values(np.array([0.0]))), "max", "decoded", 1.0, None, decoder)(documents)
+    assert one.score.tolist() == pytest.approx([1.0, 1.0, 0.0, -1.0])
+    assert one.top_latents.to_pylist() == [[0], [], [], []]  # latent 1 speaks for it too, but the seed does not have it
+
+
 def test_contrast_by_hand():
     """One seed at e, one background document at -e: by symmetry w = a e and no bias, where 2 / (1 + exp(a)) = 2 * 0.03 * a."""
     direction = np.array([0.6, -0.8, 0.0])
@@ -216,7 +246,7 @@ def test_softmax_lies_between_mean_and_max():
     codes = codes_from(corpus)
 
     def at(temperature: float) -> np.ndarray:
-        return Scorer(codes_from(seeds), CorpusStatistics.of(codes), "softmax", "centred", temperature, None)(codes).score
+        return Scorer(codes_from(seeds), CorpusStatistics.of(codes), "softmax", "centred", temperature, None, None)(codes).score
 
     mean, most = (scored(corpus, seeds, corpus, "centred", kind).score for kind in ("mean", "max"))
     assert np.all((at(0.1) >= mean - 1e-6) & (at(0.1) <= most + 1e-6))

@@ -52,7 +52,7 @@ def test_an_unknown_key_is_named_with_the_nearest(more: str, expected: str):
         ("sae: {k: [1]}", ("sae.k: ", "valid integer", "[1]")),
         ("sae: 3", ("sae: a mapping of keys was expected, got 3; known: layer, ",)),
         ("sae:", ("sae: a mapping of keys was expected, got None",)),
-        ("score: {weighting: tfidf}", ("score.weighting: ", "'none', 'idf', 'centred' or 'contrast'", "'tfidf'")),
+        ("score: {weighting: tfidf}", ("score.weighting: ", "'none', 'idf', 'centred', 'decoded' or 'contrast'", "'tfidf'")),
         ("compute: {actors: many}", ("compute.actors: ", "'auto'", "valid integer", "'many'")),
         ("prune: {structure: [head]}", ("prune.structure", "'heads' or 'mlp'", "'head'")),
         ("evaluate: {tasks: [mmlu]}", ("evaluate.tasks.0: ", "'perplexity'", "'mmlu'")),
