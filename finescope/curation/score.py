@@ -154,8 +154,9 @@ class Scorer:
         return np.sqrt(np.maximum(squares, 0.0))
 
     def _decoded_norms(self, codes: Codes, decoder: np.ndarray) -> np.ndarray:
+        assert self._compared_mean is not None
         norms = np.full(len(codes), np.linalg.norm(self._compared_mean))
-        for row in np.flatnonzero(np.diff(codes.offsets)):
+        for row in np.flatnonzero(np.diff(codes.offsets)).tolist():
             ids, values = codes.row(row)
             # Not a matrix product: how many threads one has moves its last bits. A row at a time stays in a cache.
             norms[row] = np.linalg.norm(np.einsum("k,kc->c", values, decoder[ids]) - self._compared_mean)
