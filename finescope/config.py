@@ -152,8 +152,8 @@ class PruneSection(Section):
 
     ratio: float = Field(default=0.35, ge=0.0, lt=1.0, description="share of the block parameters (embeddings not counted)")
     method: Literal["taylor", "magnitude", "random"] = "taylor"
-    structure: Literal["auto"] | tuple[Literal["heads", "mlp"], ...] = Field(
-        default="auto", description="auto: heads and mlp, split by estimated loss"
+    structure: Literal["auto"] | tuple[Literal["heads", "mlp", "experts"], ...] = Field(
+        default="auto", description="auto: all that the model has, split by estimated loss"
     )
     allocation: Literal["uniform"] = Field(default="uniform", description="the same sizes in every block")
     compensate: bool = Field(default=True, description="re-fit the kept output weights by ridge least squares")
@@ -167,7 +167,7 @@ class PruneSection(Section):
     @classmethod
     def _names_a_structure(cls, value: Any) -> Any:
         if not value:
-            raise ValueError("expected auto, or at least one of heads and mlp")
+            raise ValueError("expected auto, or at least one of heads, mlp and experts")
         return value
 
 

@@ -181,7 +181,7 @@ def _pruned(run: _Run) -> dict[str, Any] | None:
     groups = summaries.pruned_groups(importance)
     maps = {
         title: summaries.importance_map(importance, kind, _CELLS)
-        for kind, title in (("heads", "key/value heads"), ("mlp", "MLP channels"))
+        for kind, title in (("heads", "key/value heads"), ("experts", "experts"), ("mlp", "MLP channels"))
         if kind in groups["kind"]
     }
     totals = groups.group_by("kind").agg(

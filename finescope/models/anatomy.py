@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finescope.errors import ModelError
+from finescope.models import cuts
+from finescope.models.cuts import Cut
 
 # What a gated RMSNorm family has in a block beside its linear maps.
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -14,16 +16,15 @@ _SANDWICH = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ACTIVATION = ("mlp.act_fn",)
 _EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn")
-# The first thing that pruning lacks for a family.
-_FUSED = "query, key and value are one fused map"
-_POST_NORMS = "the re-fit knows no norms after attention and MLP"
+_AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_layernorm"
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Module names of one family; those of a block are relative to the block.
+    """Module names of one family, relative to the block where they are of a block, and what pruning must know of it.
 
-    A family that is in the table is recognised: its activations can be read. Whether it can be pruned is another fact.
+    `sizes` says which settings of the configuration hold the number of channels of a dense block, of an expert's channels and
+    of experts, by the names `mlp`, `expert_mlp` and `experts`.
     """
 
     family: str  # config.model_type
@@ -39,7 +40,11 @@ class Anatomy:
     experts: str | None = None  # holds the 3-D weights of all experts; a block that has it has no `expand` and `down`
     others: tuple[str, ...] = _NORMS + _ACTIVATION  # what else may have parameters, or is a leaf
     stored_masks: tuple[str, ...] = ()  # ends of names that old checkpoints hold and today's code makes itself
-    unprunable: str = ""  # why pruning does not handle the family; empty where it does
+    attention_norm: str | None = None  # what the attention's output goes through before it is added to the stream
+    mlp_norm: str | None = None  # the same of the MLP's
+    cuts: tuple[Cut, ...] = cuts.SEPARATE_HEADS + cuts.GATED_MLP  # what leaves with which group
+    sizes: tuple[tuple[str, str], ...] = (("mlp", "intermediate_size"),)
+    fixed_heads: str = ""  # why heads cannot be removed, where no configuration could say it
 
     @property
     def decoder(self) -> str:
@@ -55,63 +60,32 @@ class Anatomy:
         attention = (*self.qkv, self.output)
         return attention if self.experts else (*attention, *self.expand, self.down)
 
-    @property
-    def query(self) -> str:
-        """Of separate projections only, like `key`, `value`, `gate` and `up`."""
-        return self._separate(self.qkv, 3)[0]
 
-    @property
-    def key(self) -> str:
-        return self._separate(self.qkv, 3)[1]
-
-    @property
-    def value(self) -> str:
-        return self._separate(self.qkv, 3)[2]
-
-    @property
-    def gate(self) -> str:
-        return self._separate(self.expand, 2)[0]
-
-    @property
-    def up(self) -> str:
-        return self._separate(self.expand, 2)[1]
-
-    def _separate(self, names: tuple[str, ...], count: int) -> tuple[str, ...]:
-        assert len(names) == count, f"family '{self.family}' has no separate maps: {names}"
-        return names
-
-
-def _mixture(family: str, others: tuple[str, ...]) -> Anatomy:
-    return Anatomy(family, experts="mlp.experts", others=others + _EXPERTS, unprunable="experts are no groups of the pruner")
+def _mixture(family: str, others: tuple[str, ...], mlp: tuple[Cut, ...], **sizes: str) -> Anatomy:
+    table = cuts.SEPARATE_HEADS + mlp + cuts.EXPERTS
+    return Anatomy(family, experts="mlp.experts", others=others + _EXPERTS, cuts=table, sizes=tuple(sizes.items()))
 
 
 _TABLE = (
-    # Separate q, k, v projections, a gated MLP and no norm over all heads at once: pruning slices rows and columns only.
     Anatomy("llama"),
     Anatomy("mistral"),
     Anatomy("qwen2"),
     Anatomy("qwen3", others=_NORMS + _ACTIVATION + _HEAD_NORMS),
-    Anatomy(
-        "gemma2",
-        others=_SANDWICH + _ACTIVATION,
-        unprunable=_POST_NORMS,
-    ),
-    Anatomy(
-        "gemma3_text",
-        others=_SANDWICH + _ACTIVATION + _HEAD_NORMS,
-        unprunable=_POST_NORMS,
-    ),
+    Anatomy("gemma2", others=_SANDWICH + _ACTIVATION, attention_norm=_AFTER_ATTENTION, mlp_norm=_AFTER_MLP),
+    Anatomy("gemma3_text", others=_SANDWICH + _ACTIVATION + _HEAD_NORMS, attention_norm=_AFTER_ATTENTION, mlp_norm=_AFTER_MLP),
     Anatomy(
         "phi3",
         qkv=("self_attn.qkv_proj",),
         expand=("mlp.gate_up_proj",),
         others=(*_NORMS, "mlp.activation_fn", "resid_attn_dropout", "resid_mlp_dropout"),
-        unprunable=_FUSED,
+        cuts=cuts.FUSED_HEADS + cuts.FUSED_GATED_MLP,
     ),
     Anatomy(
         "olmo2",
-        others=("post_attention_layernorm", "post_feedforward_layernorm", *_ACTIVATION, *_HEAD_NORMS),
-        unprunable="its query and key norms go over all heads at once",
+        others=(_AFTER_ATTENTION, _AFTER_MLP, *_ACTIVATION, *_HEAD_NORMS),
+        attention_norm=_AFTER_ATTENTION,
+        mlp_norm=_AFTER_MLP,
+        cuts=cuts.SEPARATE_HEADS + cuts.NORMS_OVER_HEADS + cuts.GATED_MLP,
     ),
     Anatomy(
         "gpt2",
@@ -125,7 +99,9 @@ _TABLE = (
         down="mlp.c_proj",
         others=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
         stored_masks=(".attn.masked_bias",),
-        unprunable=_FUSED,
+        cuts=cuts.GPT2_MLP,
+        sizes=(("mlp", "n_inner"),),
+        fixed_heads="GPT-2 takes the size of a head to be n_embd / n_head",
     ),
     Anatomy(
         "gpt_neox",
@@ -138,10 +114,18 @@ _TABLE = (
         expand=("mlp.dense_h_to_4h",),
         down="mlp.dense_4h_to_h",
         others=(*_NORMS, "mlp.act", "post_attention_dropout", "post_mlp_dropout"),
-        unprunable=_FUSED,
+        cuts=cuts.GPT_NEOX_MLP,
+        fixed_heads="GPT-NeoX takes the size of a head to be hidden_size / num_attention_heads",
     ),
-    _mixture("mixtral", _NORMS),
-    _mixture("qwen3_moe", _NORMS + _ACTIVATION + _HEAD_NORMS),
+    _mixture("mixtral", _NORMS, (), expert_mlp="intermediate_size", experts="num_local_experts"),
+    _mixture(
+        "qwen3_moe",
+        _NORMS + _ACTIVATION + _HEAD_NORMS,
+        cuts.GATED_MLP,
+        mlp="intermediate_size",
+        expert_mlp="moe_intermediate_size",
+        experts="num_experts",
+    ),
 )
 FAMILIES = {anatomy.family: anatomy for anatomy in _TABLE}
 
@@ -175,20 +159,6 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     return anatomy
 
 
-def require_prunable(anatomy: Anatomy) -> None:
-    """Refuse a family that is recognised but not handled by pruning.
-
-    Raises:
-        ModelError: says which family, and why.
-    """
-    if anatomy.unprunable:
-        able = ", ".join(other.family for other in _TABLE if not other.unprunable)
-        raise ModelError(
-            f"model family '{anatomy.family}' is recognised but cannot be pruned yet: {anatomy.unprunable}; "
-            f"families that can: {able}. A run goes as far as `--until curate`"
-        )
-
-
 def blocks_of(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
     """The decoder blocks in order."""
     blocks = model.get_submodule(anatomy.blocks)
@@ -201,10 +171,10 @@ def block_parameters(model: PreTrainedModel, anatomy: Anatomy) -> int:
     return sum(p.numel() for block in blocks_of(model, anatomy) for p in block.parameters())
 
 
-def linear(block: nn.Module, name: str) -> nn.Linear:
+def linear_map(block: nn.Module, name: str) -> nn.Linear | Conv1D:
     """The linear map `name` of a block."""
     module = block.get_submodule(name)
-    assert isinstance(module, nn.Linear), name
+    assert isinstance(module, nn.Linear | Conv1D), name
     return module
 
 

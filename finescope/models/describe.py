@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from finescope.config import ModelSection
 from finescope.errors import ModelError
 from finescope.models.anatomy import Anatomy, anatomy_of, block_parameters, blocks_of, has_experts
+from finescope.models.groups import kinds_of, layout_of
 from finescope.models.hooks import HookPoint, Site, hook_width, module_path
 from finescope.models.load import load_meta_model
 from finescope.models.source import resolve
@@ -23,7 +24,7 @@ def describe(section: ModelSection) -> dict[str, Any]:
     model = load_meta_model(source, trust_remote_code=section.trust_remote_code)
     anatomy = anatomy_of(model)
     config, blocks = model.config, blocks_of(model, anatomy)
-    parameters = _parameters(blocks)
+    prune, prunable = _prunable(model, anatomy)
     return {
         "path": source.path,
         "kind": source.kind,
@@ -41,10 +42,10 @@ def describe(section: ModelSection) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "block_parameters": block_parameters(model, anatomy),
         "capture": "yes, at the sites below",
-        "prune": f"not yet: {anatomy.unprunable}" if anatomy.unprunable else "yes",
+        "prune": prune,
         "sites": _sites(model, len(blocks)),
-        "prunable": {} if anatomy.unprunable else _prunable(anatomy, parameters),
-        "modules": parameters,
+        "prunable": prunable,
+        "modules": _parameters(blocks),
     }
 
 
@@ -59,9 +60,16 @@ def _parameters(blocks: list[nn.Module]) -> dict[str, int]:
     return counts
 
 
-def _prunable(anatomy: Anatomy, parameters: dict[str, int]) -> dict[str, int]:
-    heads, channels = (*anatomy.qkv, anatomy.output), (*anatomy.expand, anatomy.down)
-    return {"heads": sum(parameters[name] for name in heads), "mlp": sum(parameters[name] for name in channels)}
+def _prunable(model: PreTrainedModel, anatomy: Anatomy) -> tuple[str, dict[str, int]]:
+    """In words, and the parameters of all groups of each kind; those of experts hold those of their channels."""
+    layout = layout_of(model, anatomy)
+    able = kinds_of(layout, "auto")
+    refused = [f"not {kind}: {reason}" for kind, reason in layout.refused.items() if kind != "experts" or anatomy.experts]
+    counts = dict.fromkeys(able, 0)
+    for groups in layout.groups:
+        if groups.kind in counts:
+            counts[groups.kind] += len(groups.layers) * groups.rows * groups.count * groups.params
+    return "; ".join([", ".join(able), *refused]), dict(counts)
 
 
 def _sites(model: PreTrainedModel, num_layers: int) -> list[dict[str, Any]]:

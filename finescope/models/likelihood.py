@@ -22,17 +22,20 @@ def token_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor
         ModelError: as `check_logits`.
     """
     check_logits(model)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    assert isinstance(head, nn.Module), "a causal language model has output embeddings"
-    cap: float | None = getattr(config, "final_logit_softcapping", None)
-    chunk = max(1, _LOGIT_BYTES // (4 * int(config.vocab_size)))
+    chunk = max(1, _LOGIT_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
     parts = [hidden.new_empty(0, dtype=torch.float32)]
     for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = head(part)
-        # In the model's own dtype, as the family's own forward pass caps them.
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        parts.append(nn.functional.cross_entropy(logits.float(), target, reduction="none"))
+        parts.append(nn.functional.cross_entropy(logits_of(model, part).float(), target, reduction="none"))
     return torch.cat(parts)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [N, vocabulary] of last hidden states [N, d_model], in the model's own dtype, as its forward pass makes them."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module), "a causal language model has output embeddings"
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    logits = head(hidden)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def check_logits(model: PreTrainedModel) -> None:

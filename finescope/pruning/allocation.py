@@ -1,112 +1,165 @@
 """Allocation: how many groups of each kind a block loses, and which. Sizes are equal in every block."""
 
+import bisect
+import itertools
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from finescope.errors import RecipeError
-from finescope.pruning.groups import Groups
+from finescope.models.cuts import Kind
+from finescope.models.groups import Groups, Layout, kinds_of
+from finescope.pruning.groups import Kept
 from finescope.pruning.importance import Importance
 
-Structure = Literal["auto"] | tuple[Literal["heads", "mlp"], ...]
+Structure = Literal["auto"] | tuple[Kind, ...]
+Counts = tuple[int, ...]  # for each of `Layout.groups` how many stay in a row
+
+# The kinds that fill what the others leave of the ratio, the finest first.
+_FINEST: tuple[Kind, ...] = ("mlp", "experts", "heads")
 
 
-class Kept(NamedTuple):
-    """The groups that stay, ascending; as many in every layer."""
-
-    heads: list[np.ndarray]  # a layer: int64 [kept key/value heads]
-    mlp: list[np.ndarray]  # a layer: int64 [kept channels]
-
-
-def choose(importance: Importance, groups: Groups, ratio: float, structure: Structure, round_to: int) -> Kept:
+def choose(importance: Importance, layout: Layout, ratio: float, structure: Structure, round_to: int) -> Kept:
     """The groups to keep, so that about `ratio` of the block parameters leave: within half of what one rounding step holds.
 
-    With both kinds ('auto', or both named) each count of removed key/value heads up to ratio * num_kv_heads is tried, channels
-    fill the rest, and the split whose removed groups have the smallest summed importance is taken. At least one key/value
-    head and `round_to` channels stay; the channels kept are all, or a multiple of `round_to` (of 1 in an MLP smaller than that).
+    With several kinds ('auto': all that the model has) each count of removed heads and experts up to `ratio` of them is tried,
+    channels fill the rest, and the split whose removed groups have the smallest summed importance is taken. The channels kept
+    are all, or a multiple of `round_to` (of 1 in an MLP smaller than that); of experts as many stay as a token uses, or more.
 
     Raises:
-        RecipeError: the ratio cannot be reached or removes nothing, or `structure` names no kind.
+        RecipeError: the ratio cannot be reached or removes nothing, or `structure` names a kind that the model cannot lose.
     """
-    kinds = ("heads", "mlp") if structure == "auto" else tuple(structure)
-    if not kinds:
-        raise RecipeError("prune.structure is empty: expected 'auto' or a list of heads, mlp")
-    splits = _splits(groups, ratio, kinds, round_to) if ratio else [(groups.num_kv_heads, groups.num_channels)]
+    kinds = kinds_of(layout, structure)
+    whole = tuple(groups.count for groups in layout.groups)
+    options = [_options(groups, round_to) if groups.kind in kinds else (groups.count,) for groups in layout.groups]
+    given = f"structure {list(kinds)} and round_to {round_to}"
+    splits = _splits(layout, ratio, kinds, options) if ratio else [whole]
     if not splits:
-        reachable = _largest_ratio(groups, kinds, round_to)
+        reachable = removed_ratio(layout, tuple(counts[0] for counts in options))
         raise RecipeError(
-            f"prune.ratio {ratio} cannot be reached with structure {list(kinds)} and round_to {round_to}: "
+            f"prune.ratio {ratio} cannot be reached with {given}: "
             f"the largest reachable ratio is {math.floor(reachable * 1e4) / 1e4}"
         )
-    heads_kept, channels_kept = min(splits, key=lambda split: _estimated_loss(importance, groups, *split))
-    if ratio and (heads_kept, channels_kept) == (groups.num_kv_heads, groups.num_channels):
+    loss = _Loss(importance, layout)
+    best = min(splits, key=loss)
+    if ratio and best == whole:
         raise RecipeError(
-            f"prune.ratio {ratio} removes nothing with structure {list(kinds)} and round_to {round_to}: "
-            f"expected 0 or at least {math.ceil(_smallest_step(groups, kinds, round_to) * 1e4) / 1e4}"
+            f"prune.ratio {ratio} removes nothing with {given}: "
+            f"expected 0 or more than {math.ceil(_smallest_step(layout, kinds, options) * 1e4) / 1e4}"
         )
-    return Kept(
-        heads=[_largest(values, heads_kept) for values in importance.heads],
-        mlp=[_largest(values, channels_kept) for values in importance.mlp],
-    )
+    return tuple(_largest(values, count) for values, count in zip(importance.values, best, strict=True))
 
 
-def removed_ratio(groups: Groups, heads_kept: int, channels_kept: int) -> float:
-    """Share of the block parameters that leave."""
-    heads = (groups.num_kv_heads - heads_kept) * groups.head_params
-    return (heads + (groups.num_channels - channels_kept) * groups.channel_params) / groups.block_params
+def removed_ratio(layout: Layout, counts: Counts) -> float:
+    """Share of the block parameters that leave where `counts` groups stay."""
+    return _removed_params(layout, counts) / layout.block_params
 
 
-def _splits(groups: Groups, ratio: float, kinds: tuple[str, ...], round_to: int) -> list[tuple[int, int]]:
-    """The (heads kept, channels kept) that reach the ratio, fewest heads removed first."""
-    target = ratio * groups.block_params
-    if "mlp" not in kinds:
-        removed = math.floor(target / groups.head_params + 0.5)
-        return [(groups.num_kv_heads - removed, groups.num_channels)] if removed < groups.num_kv_heads else []
-    counts = range(groups.num_kv_heads if "heads" in kinds else 1)
-    channels = {count: _channels_kept(groups, target - count * groups.head_params, round_to) for count in counts}
-    feasible = [(count, kept) for count, kept in channels.items() if kept >= _unit(groups, round_to)]
-    # The margin forgives ratio * num_kv_heads that falls just under a whole number in floating point.
-    proportionate = [split for split in feasible if split[0] <= ratio * groups.num_kv_heads + 1e-9]
-    return [(groups.num_kv_heads - count, kept) for count, kept in proportionate or feasible[:1]]
+def _options(groups: Groups, round_to: int) -> Counts:
+    """How many may stay, ascending."""
+    if groups.kind != "mlp" or groups.count < round_to:
+        return groups.allowed
+    return tuple(count for count in groups.allowed if count % round_to == 0 or count == groups.count)
 
 
-def _channels_kept(groups: Groups, target: float, round_to: int) -> int:
-    """Channels kept when about `target` parameters of one MLP leave; below one unit: out of reach."""
-    ideal = min(groups.num_channels, groups.num_channels - target / groups.channel_params)
-    unit = _unit(groups, round_to)
-    kept = unit * math.floor(ideal / unit + 0.5)
-    # An MLP that is no multiple of the unit may also stay whole, where that is nearest.
-    whole_is_nearer = groups.num_channels - ideal < abs(kept - ideal)
-    return groups.num_channels if kept > groups.num_channels or whole_is_nearer else kept
+def _splits(layout: Layout, ratio: float, kinds: Sequence[Kind], options: Sequence[Counts]) -> list[Counts]:
+    """The counts that reach the ratio, fewest removed first."""
+    filler = next(kind for kind in _FINEST if kind in kinds)
+    free = [groups.kind != filler and len(counts) > 1 for groups, counts in zip(layout.groups, options, strict=True)]
+    tried = [counts[::-1] if varies else (counts[-1],) for counts, varies in zip(options, free, strict=True)]
+    filled = (_fill(layout, ratio * layout.block_params, filler, options, counts) for counts in itertools.product(*tried))
+    feasible = [counts for counts in filled if counts is not None]
+
+    def share(counts: Counts) -> float:
+        """The largest share of a kind, other than the filler, that leaves."""
+        shares = [1 - kept / groups.count for kept, groups, varies in zip(counts, layout.groups, free, strict=True) if varies]
+        return max(shares, default=0.0)
+
+    # The margin forgives a share that equals the ratio but for rounding in floating point.
+    proportionate = [counts for counts in feasible if share(counts) <= ratio + 1e-9]
+    return proportionate or sorted(feasible, key=share)[:1]
 
 
-def _unit(groups: Groups, round_to: int) -> int:
-    return round_to if groups.num_channels >= round_to else 1
+def _fill(layout: Layout, target: float, filler: Kind, options: Sequence[Counts], counts: Counts) -> Counts | None:
+    """`counts` with as many of the filler removed as the target of parameters needs, the same share in all blocks that have it.
+
+    None where it needs more than there are.
+    """
+    missing = target - _removed_params(layout, counts)
+    fills = [groups.kind == filler for groups in layout.groups]
+    emptied = tuple(0 if fill else count for fill, count in zip(fills, counts, strict=True))
+    available = _removed_params(layout, emptied) - _removed_params(layout, counts)
+    filled = []
+    for groups, count, allowed, fill in zip(layout.groups, counts, options, fills, strict=True):
+        ideal = groups.count - max(0.0, missing) * groups.count / available
+        filled.append(_nearest(allowed, ideal) if fill else count)
+    return tuple(filled) if all(filled) else None
 
 
-def _largest_ratio(groups: Groups, kinds: tuple[str, ...], round_to: int) -> float:
-    heads = 1 if "heads" in kinds else groups.num_kv_heads
-    channels = _unit(groups, round_to) if "mlp" in kinds else groups.num_channels
-    return removed_ratio(groups, heads, channels)
+def _removed_params(layout: Layout, counts: Counts) -> int:
+    """Parameters that leave. The channels of an expert that leaves go with it, and only the others lose channels of their own."""
+    removed = 0
+    for groups, count in zip(layout.groups, counts, strict=True):
+        rows = counts[_experts_of(layout, groups)] if groups.by_expert else groups.rows
+        removed += len(groups.layers) * rows * (groups.count - count) * groups.params
+    return removed
 
 
-def _smallest_step(groups: Groups, kinds: tuple[str, ...], round_to: int) -> float:
-    """The smallest ratio that rounds to something removed."""
-    if "mlp" not in kinds:
-        return groups.head_params / 2 / groups.block_params
-    unit = _unit(groups, round_to)
-    step = groups.num_channels % unit or unit
-    return step / 2 * groups.channel_params / groups.block_params
+def _experts_of(layout: Layout, groups: Groups) -> int:
+    """Which of `layout.groups` are the experts that have these channels."""
+    return layout.find("experts", groups.layers[0])[0]
 
 
-def _estimated_loss(importance: Importance, groups: Groups, heads_kept: int, channels_kept: int) -> float:
-    """Summed importance of the groups that leave, over all layers."""
-    heads = sum(float(np.sort(values)[: groups.num_kv_heads - heads_kept].sum(dtype=np.float64)) for values in importance.heads)
-    mlp = sum(float(np.sort(values)[: groups.num_channels - channels_kept].sum(dtype=np.float64)) for values in importance.mlp)
-    return heads + mlp
+def _nearest(allowed: Counts, ideal: float) -> int:
+    """Of 0 and the allowed counts the nearest one; of two that are as near the larger."""
+    above = bisect.bisect_left(allowed, ideal)
+    near = [allowed[above - 1] if above else 0, *allowed[above : above + 1]]
+    return min(near, key=lambda count: (abs(count - ideal), -count))
+
+
+def _smallest_step(layout: Layout, kinds: Sequence[Kind], options: Sequence[Counts]) -> float:
+    """The largest ratio that rounds to nothing removed."""
+    filler = next(kind for kind in _FINEST if kind in kinds)
+    emptied = tuple(0 if groups.kind == filler else groups.count for groups in layout.groups)
+    steps = [
+        (groups.count - counts[-2]) / 2 / groups.count
+        for groups, counts in zip(layout.groups, options, strict=True)
+        if groups.kind == filler and len(counts) > 1
+    ]
+    # An MLP of a single rounding step may only stay whole.
+    return min(steps, default=1.0) * removed_ratio(layout, emptied)
+
+
+class _Loss:
+    """Summed importance of the groups that leave, over all layers, for any counts."""
+
+    def __init__(self, importance: Importance, layout: Layout) -> None:
+        self.layout = layout
+        self.tables = []  # float64 [rows kept + 1, removed + 1]
+        for groups, values in zip(layout.groups, importance.values, strict=True):
+            sums = np.cumsum(np.sort(values, axis=-1), axis=-1, dtype=np.float64)  # [layers, rows, removed]
+            if groups.by_expert:
+                # Of the experts the most important stay.
+                experts = importance.values[_experts_of(layout, groups)][:, 0]
+                sums = np.take_along_axis(sums, _ranking(experts)[:, :, None], axis=1)
+            by_rows = np.cumsum(sums.sum(axis=0), axis=0)
+            self.tables.append(np.pad(by_rows, ((1, 0), (1, 0))))
+
+    def __call__(self, counts: Counts) -> float:
+        loss = 0.0
+        for groups, count, table in zip(self.layout.groups, counts, self.tables, strict=True):
+            rows = counts[_experts_of(self.layout, groups)] if groups.by_expert else groups.rows
+            loss += float(table[rows, groups.count - count])
+        return loss
+
+
+def _ranking(values: np.ndarray) -> np.ndarray:
+    """Indices along the last axis, most important first; of equal values the first."""
+    return np.argsort(-values, axis=-1, kind="stable")
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest, ascending; of equal values the first stays."""
-    return np.sort(np.argsort(-values, kind="stable")[:count]).astype(np.int64)
+    """Indices of the `count` largest along the last axis, ascending; of equal values the first stays."""
+    return np.sort(_ranking(values)[..., :count], axis=-1).astype(np.int64)

@@ -4,7 +4,7 @@ A relative of ZipLM (arXiv 2302.04089) and SlimGPT: ridge least squares, layer b
 already pruned. The target corrects the residual: what is missing from the pruned stream to the dense model's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,80 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finescope.errors import StepFailed
-from finescope.models.anatomy import Anatomy, blocks_of, linear
+from finescope.models.anatomy import Anatomy, blocks_of, has_experts, input_width, linear_map
+from finescope.pruning.experts import refit_experts
 from finescope.pruning.importance import Batch, Progress
-from finescope.pruning.stream import Stream, attention_inputs, block_pass, mlp_inputs, open_stream
-
-DAMPING = 0.1  # ridge of a channel, in units of its own second moment; the best of a study on SmolLM2-135M
-FLOOR = 1e-8  # ridge of a channel, in units of the mean second moment: keeps silent channels solvable
-
-
-class Refit(NamedTuple):
-    """What one re-fit gained on the calibration tokens."""
-
-    name: str  # module path of the linear map
-    error_before: float  # squared error over the target's squared norm, with the original weights
-    error_after: float  # the same with the re-fitted weights
-
-
-class Moments:
-    """Second moments of a linear map's inputs, and of its inputs with its residual error, summed in float64."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
-        count, device = module.in_features, module.weight.device
-        self.gram = torch.zeros(count, count, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(count, module.out_features, dtype=torch.float64, device=device)
-        self.error = 0.0
-        self.target = 0.0
-
-    @torch.no_grad()
-    def add(self, inputs: Tensor, target: Tensor) -> None:
-        """Take in tokens: inputs [tokens, in] and what the map should have added to the stream for them [tokens, out].
-
-        One batch's product is made in float32, for half the time of float64 and the same solution; sums over batches are float64.
-        """
-        inputs, target = inputs.float(), target.float()
-        residual = target - nn.functional.linear(inputs, self.module.weight.float(), _float(self.module.bias))
-        self.gram += inputs.T @ inputs
-        self.cross += inputs.T @ residual
-        self.error += float(residual.double().square().sum())
-        self.target += float(target.double().square().sum())
-
-    def refit(self, name: str) -> Refit:
-        """Set the map's weight to the ridge solution; its bias stays.
-
-        Raises:
-            StepFailed: the activations or the new weight are not finite.
-        """
-        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
-            raise StepFailed(f"compensation: the activations at {name} are not finite")
-        change = ridge(self.gram, self.cross)  # [in, out]
-        gain = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
-        with torch.no_grad():
-            self.module.weight.copy_(self.module.weight.double() + change.T)
-        if not self.module.weight.isfinite().all():
-            raise StepFailed(f"compensation: the re-fitted weight of {name} is not finite in {self.module.weight.dtype}")
-        scale = self.target or 1.0
-        return Refit(name, self.error / scale, (self.error - float(gain)) / scale)
-
-
-def ridge(gram: Tensor, cross: Tensor) -> Tensor:
-    """The change dW that minimises ||R - X dW||^2 + sum_j ridge_j ||dW_j||^2, ridge_j = 0.1 of channel j's own X'X + a floor.
-
-    gram: X'X [in, in] float64; cross: X'R [in, out] float64, R the error of the original weights. Returns [in, out].
-    """
-    moments = gram.diagonal()
-    floor = (FLOOR * moments.mean()).clamp_min(torch.finfo(gram.dtype).tiny)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + torch.diag(DAMPING * moments + floor)))
+from finescope.pruning.ridge import Moments, OutputMap, Refit
+from finescope.pruning.stream import Stream, attention_inputs, block_pass, mlp_arguments, open_stream
 
 
 def compensate(
     model: PreTrainedModel, student: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batch], progress: Progress
 ) -> list[Refit]:
-    """Re-fit `student` in place, block by block: down_proj always, o_proj where the student has fewer heads.
+    """Re-fit `student` in place, block by block: the down maps always, the attention's output map where there are fewer heads.
 
-    In memory at a time, for all calibration tokens: three hidden states and one block's kept channels. Padding and position 0
+    In memory at a time, for all calibration tokens: three hidden states and the inputs of one map. Padding and position 0
     (the attention sink, whose norm would outweigh all others) are left out of the fit. `progress` sums to the tokens once.
 
     Raises:
@@ -99,11 +38,12 @@ def compensate(
     pairs = list(zip(blocks_of(model, anatomy), blocks_of(student, anatomy), strict=True))
     refits: list[Refit] = []
     for layer, (block, student_block) in enumerate(pairs):
-        fewer_heads = linear(block, anatomy.output).in_features > linear(student_block, anatomy.output).in_features
+        fewer_heads = _heads_width(block, anatomy) > _heads_width(student_block, anatomy)
         middle = _advance(block, anatomy, dense, layer, fewer_heads)
         if fewer_heads:
             refits.append(_refit_attention(student_block, anatomy, pruned, layer, middle, chosen))
-        refits.append(_refit_mlp(student_block, anatomy, pruned, layer, dense.hidden, chosen))
+        refit_mlp = refit_experts if has_experts(student_block, anatomy) else _refit_mlp
+        refits.append(refit_mlp(student_block, anatomy, pruned, layer, dense.hidden, chosen))
         progress(num_tokens * (layer + 1) // len(pairs) - num_tokens * layer // len(pairs))
     return refits
 
@@ -112,8 +52,8 @@ def compensate(
 def _advance(block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int, keep_middle: bool) -> list[Tensor]:
     """Move a stream past a block; the stream after the attention is returned where it is needed."""
     middle: list[Tensor] = []
-    for index, arguments in enumerate(stream.arguments[layer]):
-        between, stream.hidden[index] = block_pass(block, anatomy, stream.hidden[index], arguments)
+    for index, call in enumerate(stream.calls[layer]):
+        between, stream.hidden[index] = block_pass(block, anatomy, stream.hidden[index], call)
         if keep_middle:
             middle.append(between)
     return middle
@@ -123,32 +63,67 @@ def _advance(block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int, kee
 def _refit_attention(
     block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int, dense: list[Tensor], chosen: list[Tensor]
 ) -> Refit:
-    """Re-fit o_proj towards the dense stream after the attention."""
-    moments = Moments(linear(block, anatomy.output))
-    for hidden, arguments, target, mask in zip(stream.hidden, stream.arguments[layer], dense, chosen, strict=True):
-        inputs = attention_inputs(block, anatomy, hidden, arguments)
-        here = mask.to(hidden.device)
-        moments.add(inputs[here], target[here].float() - hidden[here].float())
-    return moments.refit(f"{anatomy.blocks}.{layer}.{anatomy.output}")
+    """Re-fit the output map towards the dense stream after the attention."""
+    pairs = zip(stream.hidden, stream.calls[layer], strict=True)
+    inputs = [attention_inputs(block, anatomy, hidden, call) for hidden, call in pairs]
+    output = OutputMap(block, anatomy.output, anatomy.attention_norm)
+    return _refit(output, Tokens(inputs, stream.hidden, dense, chosen), f"{anatomy.blocks}.{layer}.{anatomy.output}")
 
 
 @torch.no_grad()
 def _refit_mlp(
     block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int, dense: list[Tensor], chosen: list[Tensor]
 ) -> Refit:
-    """Re-fit down_proj towards the dense stream after the block, and move the pruned stream past the block."""
-    down, channels = linear(block, anatomy.down), []
-    moments = Moments(down)
-    for index, (arguments, target, mask) in enumerate(zip(stream.arguments[layer], dense, chosen, strict=True)):
-        middle, inputs = mlp_inputs(block, anatomy, stream.hidden[index], arguments)
-        here = mask.to(middle.device)
-        moments.add(inputs[here], target[here].float() - middle[here].float())
-        stream.hidden[index] = middle
+    """Re-fit the down map towards the dense stream after the block, and move the pruned stream past the block."""
+    channels = []
+    for index, call in enumerate(stream.calls[layer]):
+        stream.hidden[index], (inputs,) = mlp_arguments(block, anatomy, stream.hidden[index], call)
         channels.append(inputs)
-    refit = moments.refit(f"{anatomy.blocks}.{layer}.{anatomy.down}")
+    down = OutputMap(block, anatomy.down, anatomy.mlp_norm)
+    refit = _refit(down, Tokens(channels, stream.hidden, dense, chosen), f"{anatomy.blocks}.{layer}.{anatomy.down}")
     for index, inputs in enumerate(channels):
-        stream.hidden[index] = stream.hidden[index] + down(inputs)
+        stream.hidden[index] = stream.hidden[index] + down.run(inputs)
     return refit
+
+
+class Tokens(NamedTuple):
+    """What a map is fitted on, a batch each."""
+
+    inputs: list[Tensor]  # of the map: [documents, tokens, in]
+    before: list[Tensor]  # the pruned stream without the map's output: [documents, tokens, d_model]
+    dense: list[Tensor]  # the dense stream with it
+    chosen: list[Tensor]  # bool [documents, tokens]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The chosen tokens of each batch: the map's inputs [tokens, in], what it should add to the stream [tokens, d_model]."""
+        for inputs, before, dense, mask in zip(*self, strict=True):
+            here = mask.to(inputs.device)
+            yield inputs[here], dense[here].float() - before[here].float()
+
+
+def _refit(output: OutputMap, tokens: Tokens, name: str) -> Refit:
+    """Set the map's weight to the ridge solution; its bias stays. A solution that is no better on the same tokens is not taken.
+
+    Raises:
+        StepFailed: the activations or the new weight are not finite.
+    """
+    moments = Moments(output.weight.shape[1], output.weight.shape[0], output.weight.device)
+    before = scale = 0.0
+    for inputs, target in tokens.batches():
+        before += output.add_to(moments, inputs, target)
+        scale += float(target.double().square().sum())
+    original = output.weight.clone()
+    output.weight.copy_(original.double() + output.change(moments, name))
+    if not output.weight.isfinite().all():
+        raise StepFailed(f"compensation: the re-fitted weight of {name} is not finite in {output.weight.dtype}")
+    after = sum(output.error(inputs, target) for inputs, target in tokens.batches())
+    if after > before:
+        output.weight.copy_(original)
+    return Refit(name, before / (scale or 1.0), min(after, before) / (scale or 1.0))
+
+
+def _heads_width(block: nn.Module, anatomy: Anatomy) -> int:
+    return input_width(linear_map(block, anatomy.output))
 
 
 def _chosen(mask: Tensor) -> Tensor:
@@ -157,7 +132,3 @@ def _chosen(mask: Tensor) -> Tensor:
     chosen = mask.bool().clone()
     chosen[:, 0] = False
     return chosen
-
-
-def _float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()

@@ -8,15 +8,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finescope.models.anatomy import Anatomy, blocks_of, linear
+from finescope.models.anatomy import Anatomy, blocks_of, has_experts
 from finescope.pruning.importance import Batch
+
+
+class Call(NamedTuple):
+    """What a block is called with beside the hidden states: masks, positions."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
 
 
 class Stream(NamedTuple):
     """The hidden states before some block, and what each block must be called with."""
 
     hidden: list[Tensor]  # a batch: [documents, tokens, d_model]; the caller replaces it block by block
-    arguments: list[list[dict[str, Any]]]  # a layer, a batch: the keyword arguments of the block (masks, positions)
+    calls: list[list[Call]]  # a layer, a batch
 
 
 class _Reached(Exception):
@@ -35,10 +42,10 @@ def open_stream(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batc
     assert not model.training
 
     def note(layer: int) -> Any:
-        def forward(hidden: Tensor, **arguments: Any) -> Tensor:
+        def forward(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
             if layer == 0:
                 stream.hidden.append(hidden)
-            stream.arguments[layer].append(arguments)
+            stream.calls[layer].append(Call(positional, named))
             return hidden
 
         return forward
@@ -55,55 +62,63 @@ def open_stream(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batc
 
 
 @torch.no_grad()
-def block_pass(block: nn.Module, anatomy: Anatomy, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run a block: the stream after its attention and the stream after the block, both [documents, tokens, d_model]."""
-    with _outputs(linear(block, anatomy.output)) as attention:
-        after = block(hidden, **arguments)
+def block_pass(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Run a block: the stream after its attention and the stream after the block, both [documents, tokens, d_model].
+
+    Where attention and MLP are side by side the first is the stream with the attention's output alone.
+    """
+    with _attention(block, anatomy) as attention:
+        after = block(hidden, *call.positional, **call.named)
     return hidden + attention[0], after
 
 
 @torch.no_grad()
-def attention_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+def attention_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> Tensor:
     """Run a block up to the attention's output map: that map's input, [documents, tokens, query heads * head_dim]."""
-    return _inputs(block, linear(block, anatomy.output), hidden, arguments)
+    return _arguments(block, anatomy.output, hidden, call)[0]
 
 
 @torch.no_grad()
-def mlp_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run a block up to the MLP's down map.
+def mlp_arguments(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a block up to the MLP's down map, or up to its experts.
 
-    Returns the stream after the attention [documents, tokens, d_model] and the map's input [documents, tokens, channels].
+    Returns the stream after the attention [documents, tokens, d_model], and what is reached is called with: the down map with
+    [documents, tokens, channels]; the experts with hidden states [documents * tokens, d_model], for each the experts chosen,
+    int64 [documents * tokens, experts a token], and their weights, of the same shape.
     """
-    with _outputs(linear(block, anatomy.output)) as attention:
-        inputs = _inputs(block, linear(block, anatomy.down), hidden, arguments)
-    return hidden + attention[0], inputs
+    reached = anatomy.experts if has_experts(block, anatomy) else anatomy.down
+    assert reached is not None
+    with _attention(block, anatomy) as attention:
+        arguments = _arguments(block, reached, hidden, call)
+    return hidden + attention[0], arguments
 
 
 @contextmanager
-def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What `module` returns inside the context."""
+def _attention(block: nn.Module, anatomy: Anatomy) -> Iterator[list[Tensor]]:
+    """What the attention adds to the stream inside the context."""
     outputs: list[Tensor] = []
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         outputs.append(output)
 
-    handle = module.register_forward_hook(note)
+    handle = block.get_submodule(anatomy.attention_norm or anatomy.output).register_forward_hook(note)
     try:
         yield outputs
     finally:
         handle.remove()
 
 
-def _inputs(block: nn.Module, module: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    caught: list[Tensor] = []
+def _arguments(block: nn.Module, name: str, hidden: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Run a block up to the module `name`: its positional arguments."""
+    caught: list[tuple[Tensor, ...]] = []
 
-    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
+    def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(arguments)
         raise _Reached
 
-    handle = module.register_forward_pre_hook(stop)
+    handle = block.get_submodule(name).register_forward_pre_hook(stop)
     try:
-        block(hidden, **arguments)
+        block(hidden, *call.positional, **call.named)
     except _Reached:
         return caught[0]
     finally:

@@ -10,8 +10,9 @@ from finescope.corpus.documents import read_seeds, read_strings, read_texts
 from finescope.corpus.tokenise import tokenise
 from finescope.errors import CorpusError
 from finescope.manifest import Manifest
-from finescope.models.anatomy import FAMILIES, require_prunable
-from finescope.models.load import load_tokenizer
+from finescope.models.anatomy import anatomy_of
+from finescope.models.groups import kinds_of, layout_of
+from finescope.models.load import load_meta_model, load_tokenizer
 from finescope.stages.references import model_of
 from finescope.steps import Step
 
@@ -20,16 +21,17 @@ _LEAST_TOKENS = 2
 
 
 def check_inputs(recipe: Recipe, model: Manifest, left: Sequence[Step]) -> None:
-    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do; see that it can be pruned.
+    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do; see what can be pruned.
 
     Raises:
-        ModelError: `prune` is left, and pruning does not handle the model's family.
+        RecipeError: `prune` is left, and the model cannot lose what `prune.structure` names.
         CorpusError: one of them is missing, empty or cannot be read; the message names file and line, or the seed.
     """
     reference = model_of(model)
     steps = {step.name for step in left}
     if "prune" in steps:
-        require_prunable(FAMILIES[reference.model_type])
+        meta = load_meta_model(reference)
+        kinds_of(layout_of(meta, anatomy_of(meta)), recipe.prune.structure)
     tokenizer = load_tokenizer(reference)
     for seeds in recipe.seeds.files:
         if "screen" in steps or ("score", seeds.domain) in {(step.name, step.domain) for step in left}:

@@ -38,7 +38,7 @@ def prune(context: Context, corpus: CorpusSection, section: PruneSection, step: 
     """Prune the model on the curated documents, or on random ones of the corpus.
 
     Raises:
-        RecipeError: `prune.ratio` cannot be reached.
+        RecipeError: `prune.ratio` cannot be reached, or the model cannot lose what `prune.structure` names.
         StepFailed: the saved student does not give the logits of the one in memory.
     """
     model = model_of(step["model"])
@@ -77,7 +77,7 @@ def _prune(job: _Job, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
     with directories.scratch_directory(job.uri) as local:
         result.student.save_pretrained(local)
         tokenizer.save_pretrained(local)
-        summary = {key: value for key, value in result.summary.items() if key != "refits"}
+        summary = {key: value for key, value in result.summary.items() if key not in ("refits", "unused_experts")}
         (local / "README.md").write_text(model_card(job.model, job.source, "pruned", summary), encoding="utf-8")
         verified = verify_saved(local, result.student, batches[0][0][:1, :32])
         directories.put_tree(local, job.uri)
