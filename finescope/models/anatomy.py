@@ -23,8 +23,8 @@ _AFTER_ATTENTION, _AFTER_MLP = "post_attention_layernorm", "post_feedforward_lay
 class Anatomy:
     """Module names of one family, relative to the block where they are of a block, and what pruning must know of it.
 
-    `sizes` says which settings of the configuration hold the number of channels of a dense block, of an expert's channels and
-    of experts, by the names `mlp`, `expert_mlp` and `experts`.
+    `sizes` says which settings of the configuration hold the number of channels of a dense block, of channels of an expert and
+    of experts, by the names `channels`, `expert_channels` and `experts`.
     """
 
     family: str  # config.model_type
@@ -43,7 +43,7 @@ class Anatomy:
     attention_norm: str | None = None  # what the attention's output goes through before it is added to the stream
     mlp_norm: str | None = None  # the same of the MLP's
     cuts: tuple[Cut, ...] = cuts.SEPARATE_HEADS + cuts.GATED_MLP  # what leaves with which group
-    sizes: tuple[tuple[str, str], ...] = (("mlp", "intermediate_size"),)
+    sizes: tuple[tuple[str, str], ...] = (("channels", "intermediate_size"),)
     fixed_heads: str = ""  # why heads cannot be removed, where no configuration could say it
 
     @property
@@ -61,8 +61,8 @@ class Anatomy:
         return attention if self.experts else (*attention, *self.expand, self.down)
 
 
-def _mixture(family: str, others: tuple[str, ...], mlp: tuple[Cut, ...], **sizes: str) -> Anatomy:
-    table = cuts.SEPARATE_HEADS + mlp + cuts.EXPERTS
+def _mixture(family: str, others: tuple[str, ...], dense_mlp: tuple[Cut, ...], **sizes: str) -> Anatomy:
+    table = cuts.SEPARATE_HEADS + dense_mlp + cuts.EXPERTS
     return Anatomy(family, experts="mlp.experts", others=others + _EXPERTS, cuts=table, sizes=tuple(sizes.items()))
 
 
@@ -100,7 +100,7 @@ _TABLE = (
         others=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
         stored_masks=(".attn.masked_bias",),
         cuts=cuts.GPT2_MLP,
-        sizes=(("mlp", "n_inner"),),
+        sizes=(("channels", "n_inner"),),
         fixed_heads="GPT-2 takes the size of a head to be n_embd / n_head",
     ),
     Anatomy(
@@ -117,13 +117,13 @@ _TABLE = (
         cuts=cuts.GPT_NEOX_MLP,
         fixed_heads="GPT-NeoX takes the size of a head to be hidden_size / num_attention_heads",
     ),
-    _mixture("mixtral", _NORMS, (), expert_mlp="intermediate_size", experts="num_local_experts"),
+    _mixture("mixtral", _NORMS, (), expert_channels="intermediate_size", experts="num_local_experts"),
     _mixture(
         "qwen3_moe",
         _NORMS + _ACTIVATION + _HEAD_NORMS,
         cuts.GATED_MLP,
-        mlp="intermediate_size",
-        expert_mlp="moe_intermediate_size",
+        channels="intermediate_size",
+        expert_channels="moe_intermediate_size",
         experts="num_experts",
     ),
 )

@@ -11,6 +11,9 @@ from finescope.models.anatomy import Anatomy, blocks_of, has_experts, input_widt
 from finescope.models.cuts import KINDS, Cut, Kind, Part, cuts_of
 from finescope.models.resize import resized
 
+# Channels of an expert: transformers multiplies all experts at once, by kernels that want rows of whole 16 bytes.
+_ALIGNMENT = 8
+
 
 class Groups(NamedTuple):
     """Groups of one kind in blocks that are alike in it; equally many of them stay in each row of each block."""
@@ -153,12 +156,12 @@ def _mlp_groups(
     model: PreTrainedModel, anatomy: Anatomy, layers: tuple[int, ...], parts: dict[Part, tuple[int, int]], mixture: bool
 ) -> list[Groups]:
     names, channels = dict(anatomy.sizes), parts["channel"][0]
-    any_count = tuple(range(1, channels + 1))
     if not mixture:
-        return [Groups("mlp", layers, False, 1, channels, 0, any_count, names["mlp"])]
+        return [Groups("mlp", layers, False, 1, channels, 0, tuple(range(1, channels + 1)), names["channels"])]
+    aligned = (*range(_ALIGNMENT, channels, _ALIGNMENT), channels)
     experts, least = parts["expert"][0], int(model.config.num_experts_per_tok)
     return [
-        Groups("mlp", layers, True, experts, channels, 0, any_count, names["expert_mlp"]),
+        Groups("mlp", layers, True, experts, channels, 0, aligned, names["expert_channels"]),
         Groups("experts", layers, False, 1, experts, 0, tuple(range(least, experts + 1)), names["experts"]),
     ]
 

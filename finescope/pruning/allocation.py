@@ -94,8 +94,13 @@ def _fill(layout: Layout, target: float, filler: Kind, options: Sequence[Counts]
     filled = []
     for groups, count, allowed, fill in zip(layout.groups, counts, options, fills, strict=True):
         ideal = groups.count - max(0.0, missing) * groups.count / available
-        filled.append(_nearest(allowed, ideal) if fill else count)
-    return tuple(filled) if all(filled) else None
+        # Of channels one step below the fewest is none.
+        step = allowed[0] if groups.kind == "mlp" else 1
+        near = _nearest((allowed[0] - step, *allowed), ideal) if fill else count
+        if near < allowed[0]:
+            return None
+        filled.append(near)
+    return tuple(filled)
 
 
 def _removed_params(layout: Layout, counts: Counts) -> int:
@@ -113,10 +118,9 @@ def _experts_of(layout: Layout, groups: Groups) -> int:
 
 
 def _nearest(allowed: Counts, ideal: float) -> int:
-    """Of 0 and the allowed counts the nearest one; of two that are as near the larger."""
+    """The allowed count that is nearest; of two that are as near the larger."""
     above = bisect.bisect_left(allowed, ideal)
-    near = [allowed[above - 1] if above else 0, *allowed[above : above + 1]]
-    return min(near, key=lambda count: (abs(count - ideal), -count))
+    return min(allowed[max(0, above - 1) : above + 1], key=lambda count: (abs(count - ideal), -count))
 
 
 def _smallest_step(layout: Layout, kinds: Sequence[Kind], options: Sequence[Counts]) -> float:

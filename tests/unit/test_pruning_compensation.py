@@ -1,23 +1,22 @@
 import numpy as np
 import pytest
 import torch
-from pruning_models import FAMILIES, batches_of, no_progress, tiny_model
+from pruning_models import MIXTURES, batches_of, kept_of, layout, no_progress, tiny_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from finescope.errors import StepFailed
-from finescope.models.anatomy import anatomy_of, blocks_of, linear
-from finescope.pruning.allocation import Kept
-from finescope.pruning.compensation import Moments, compensate, ridge
-from finescope.pruning.groups import groups_of
+from finescope.models.anatomy import anatomy_of, blocks_of, has_experts, linear_map
+from finescope.pruning.compensation import compensate
+from finescope.pruning.ridge import Moments, OutputMap, ridge
 from finescope.pruning.surgery import cut
 
 BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8)))
-FEWER = Kept([np.array([0, 2])] * 3, [np.arange(0, 40, 2)] * 3)
-ONLY_MLP = Kept([np.arange(3)] * 3, [np.arange(0, 40, 2)] * 3)
+FEWER, ONLY_MLP = {"heads": 2, "mlp": 20}, {"mlp": 20}
 
 
-def student_of(model, kept):
-    return cut(model, anatomy_of(model), groups_of(model, anatomy_of(model)), kept)
+def student_of(model, counts):
+    return cut(model, anatomy_of(model), layout(model), kept_of(model, **counts))
 
 
 def ridge_by_lstsq(inputs, target, weight):
@@ -30,18 +29,27 @@ def ridge_by_lstsq(inputs, target, weight):
 
 def test_refit_equals_lstsq():
     torch.manual_seed(0)
-    module = nn.Linear(5, 3)
-    weight, bias = (parameter.detach().double().numpy().copy() for parameter in module.parameters())
-    inputs, target = torch.randn(30, 5) * torch.tensor([1, 5, 0.1, 1, 0]), torch.randn(30, 3)
-    moments = Moments(module)
+    inputs, residual = torch.randn(30, 5) * torch.tensor([1, 5, 0.1, 1, 0]), torch.randn(30, 3)
+    moments = Moments(5, 3, torch.device("cpu"))
     for start in range(0, 30, 10):
-        moments.add(inputs[start : start + 10], target[start : start + 10])
-    refit = moments.refit("down")
-    expected = ridge_by_lstsq(inputs.double().numpy(), target.double().numpy() - bias, weight)
-    np.testing.assert_allclose(module.weight.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
-    error = ((target - module(inputs)) ** 2).sum() / (target**2).sum()
-    assert refit.error_after == pytest.approx(error.item(), rel=1e-4)
-    assert refit.error_after < refit.error_before
+        moments.add(inputs[start : start + 10], residual[start : start + 10])
+    expected = ridge_by_lstsq(inputs.double().numpy(), residual.double().numpy(), np.zeros((3, 5)))
+    np.testing.assert_allclose(moments.change("down").T, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_error_of_an_output_map(transposed):
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.down = Conv1D(3, 5) if transposed else nn.Linear(5, 3)
+    output, moments = OutputMap(block, "down", None), Moments(5, 3, torch.device("cpu"))
+    inputs, target = torch.randn(30, 5), torch.randn(30, 3)
+    before = output.add_to(moments, inputs, target)
+    assert before == pytest.approx(((target - block.down(inputs)) ** 2).sum().item(), rel=1e-5)
+    output.weight += output.change(moments, "down").float()
+    after = output.error(inputs, target)
+    assert after == pytest.approx(((target - block.down(inputs)) ** 2).sum().item(), rel=1e-5)
+    assert after < before
 
 
 def test_ridge_by_hand_and_a_silent_channel():
@@ -51,67 +59,157 @@ def test_ridge_by_hand_and_a_silent_channel():
     assert ridge(torch.zeros(2, 2).double(), torch.zeros(2, 1).double()).tolist() == [[0.0], [0.0]]
 
 
+def naive_refit(module, norm, inputs, target):
+    """A map's ridge solution; through a norm that of the problem where every token's rms stays what it is."""
+    weight = module.weight.detach().double().numpy()
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    bias = 0 if module.bias is None else module.bias.detach().double().numpy()
+    if norm is None:
+        found = ridge_by_lstsq(inputs, target - bias, weight)
+    else:
+        output = inputs @ weight.T + bias
+        scale = np.sqrt((output**2).mean(1, keepdims=True))
+        through = lambda values: norm(torch.from_numpy(values).float()).detach().double().numpy()  # noqa: E731
+        gain = through(np.ones((1, len(weight))))[0]
+        change = ridge_by_lstsq(inputs / scale, target - through(output), np.zeros_like(weight))
+        found = weight + change * (gain / (gain**2 + 1e-3 * (gain**2).mean()))[:, None]
+        errors = [((target - through(inputs @ each.T + bias)) ** 2).sum() for each in (weight, found)]
+        found = found if errors[1] < errors[0] else weight
+    found = torch.from_numpy(found)
+    module.weight.data.copy_(found.T if isinstance(module, Conv1D) else found)
+
+
 def naive_compensation(model, student, anatomy):
     """Layer by layer with whole forward passes: what the streamed version must equal."""
 
     def run(owner, layer):
-        """Of block `layer`, per chosen token: o_proj's input, stream before, after the attention, down's input, stream after."""
-        block, seen = blocks_of(owner, anatomy)[layer], []
-        hooks = [
-            linear(block, anatomy.output).register_forward_hook(lambda m, a, o: seen.extend([a[0], o])),
-            linear(block, anatomy.down).register_forward_hook(lambda m, a, o: seen.extend([a[0], o])),
-        ]
+        """Of block `layer`, per chosen token: the output map's input, stream before, attention added, down's input, MLP added."""
+        block, seen = blocks_of(owner, anatomy)[layer], {}
+        names = {"heads": anatomy.output, "channels": anatomy.down}
+        added = {"attention": anatomy.attention_norm or anatomy.output, "mlp": anatomy.mlp_norm or anatomy.down}
+        keep_input = lambda key: lambda module, inputs, output: seen.__setitem__(key, inputs[0])  # noqa: E731
+        keep_output = lambda key: lambda module, inputs, output: seen.__setitem__(key, output)  # noqa: E731
+        hooks = [block.get_submodule(name).register_forward_hook(keep_input(key)) for key, name in names.items()]
+        hooks += [block.get_submodule(name).register_forward_hook(keep_output(key)) for key, name in added.items()]
         rows = []
         for ids, mask in BATCHES:
-            seen.clear()
             with torch.no_grad():
-                before = owner(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
-            heads, attention, channels, down = seen
+                out = owner(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            before = out.hidden_states[layer]
             keep = mask.bool()
             keep[:, 0] = False
-            parts = (heads, before, before + attention, channels, before + attention + down)
+            middle = before + seen["attention"]
+            parts = (seen["heads"], before, middle, seen["channels"], middle + seen["mlp"])
             rows.append([part[keep].double().numpy() for part in parts])
         for hook in hooks:
             hook.remove()
         return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
     for layer, block in enumerate(blocks_of(student, anatomy)):
+        norms = [block.get_submodule(name) if name else None for name in (anatomy.attention_norm, anatomy.mlp_norm)]
         _, _, dense_middle, _, dense_after = run(model, layer)
-        output, down = linear(block, anatomy.output), linear(block, anatomy.down)
-        if output.in_features < linear(blocks_of(model, anatomy)[layer], anatomy.output).in_features:
+        output, down = linear_map(block, anatomy.output), linear_map(block, anatomy.down)
+        if output.weight.numel() < linear_map(blocks_of(model, anatomy)[layer], anatomy.output).weight.numel():
             heads, before, _, _, _ = run(student, layer)
-            solution = ridge_by_lstsq(heads, dense_middle - before, output.weight.detach().double().numpy())
-            output.weight.data.copy_(torch.from_numpy(solution))
+            naive_refit(output, norms[0], heads, dense_middle - before)
         _, _, middle, channels, _ = run(student, layer)
-        solution = ridge_by_lstsq(channels, dense_after - middle, down.weight.detach().double().numpy())
-        down.weight.data.copy_(torch.from_numpy(solution))
+        naive_refit(down, norms[1], channels, dense_after - middle)
 
 
-@pytest.mark.parametrize("kept", [FEWER, ONLY_MLP], ids=["heads", "mlp"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_equals_naive(family, kept):
+CASES = [
+    *((family, FEWER) for family in ("llama", "qwen3", "gemma2", "phi3", "olmo2")),
+    *((family, ONLY_MLP) for family in ("qwen2", "gemma3_text", "gpt2", "gpt_neox")),
+]
+
+
+@pytest.mark.parametrize(("family", "counts"), CASES)
+def test_streamed_equals_naive(family, counts):
     model = tiny_model(family)
-    student, naive = student_of(model, kept), student_of(model, kept)
+    anatomy = anatomy_of(model)
+    student, naive = student_of(model, counts), student_of(model, counts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     original = {name: value.clone() for name, value in student.state_dict().items()}
     seen = []
-    refits = compensate(model, student, anatomy_of(model), BATCHES, seen.append)
-    naive_compensation(model, naive, anatomy_of(model))
+    refits = compensate(model, student, anatomy, BATCHES, seen.append)
+    naive_compensation(model, naive, anatomy)
+    maps = (anatomy.output, anatomy.down) if counts is FEWER else (anatomy.down,)
+    assert [refit.name for refit in refits] == [f"{anatomy.blocks}.{layer}.{name}" for layer in range(3) for name in maps]
+    changed = {f"{refit.name}.weight" for refit in refits if refit.error_after < refit.error_before}
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, naive.state_dict()[name], rtol=2e-3, atol=2e-4)
-        refitted = "down_proj" in name or ("o_proj" in name and kept is FEWER)
-        assert torch.equal(value, original[name]) != refitted, name
+        assert torch.equal(value, original[name]) != (name in changed), name
+    assert len(changed) == len(refits)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    maps = ("self_attn.o_proj", "mlp.down_proj") if kept is FEWER else ("mlp.down_proj",)
-    assert [refit.name for refit in refits] == [f"model.layers.{layer}.{name}" for layer in range(3) for name in maps]
-    assert all(refit.error_after < refit.error_before for refit in refits)
     assert sum(seen) == sum(int(mask.sum()) for _, mask in BATCHES)
     assert len(seen) == 3
 
 
-def test_follows_the_dense_model_on_other_documents():
+def naive_experts(model, student, anatomy, layer, batches):
+    """Re-fit the experts of one block, one after the other, each by least squares on what is then missing; in place."""
+    block, seen = blocks_of(student, anatomy)[layer], []
+    experts = block.get_submodule("mlp.experts")
+    hook = experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    parts = []
+    for ids, mask in batches:
+        with torch.no_grad():
+            want = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1]
+            got = student(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1]
+        keep = mask.bool().clone()
+        keep[:, 0] = False
+        hidden, chosen, weights = (part[keep.reshape(-1)] for part in seen.pop() if isinstance(part, torch.Tensor))
+        parts.append(((want - got)[keep], hidden, chosen, weights))
+        seen.clear()
+    hook.remove()
+    missing, hidden, chosen, weights = (torch.cat(part).double().numpy() for part in zip(*parts, strict=True))
+    gate_up, down = (experts.get_parameter(name).detach().double().numpy() for name in ("gate_up_proj", "down_proj"))
+    channels, left_out = down.shape[2], 0
+    for expert in range(len(down)):
+        tokens, slots = np.nonzero(chosen == expert)
+        if len(tokens) < channels:
+            left_out += 1
+            continue
+        gate, up = np.split(hidden[tokens] @ gate_up[expert].T, 2, axis=1)
+        inputs = gate / (1 + np.exp(-gate)) * up * weights[tokens, slots][:, None]
+        change = ridge_by_lstsq(inputs, missing[tokens], np.zeros_like(down[expert]))
+        missing[tokens] -= inputs @ change.T
+        experts.get_parameter("down_proj").data[expert] += torch.from_numpy(change)
+    return left_out
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_refitted_on_their_own_tokens(family):
     torch.manual_seed(0)
-    model = tiny_model("llama")
+    model = tiny_model(family, **({} if family == "mixtral" else {"mlp_only_layers": [2]}))
+    anatomy = anatomy_of(model)
+    counts = {"heads": 3, "mlp": 8, "experts": 3}
+    batches = batches_of(((20, 15, 9), (18, 18)))
+    student, naive = student_of(model, counts), student_of(model, counts)
+    refits = compensate(model, student, anatomy, batches, no_progress)
+    left_out = [naive_experts(model, naive, anatomy, 0, batches)]
+    name = "model.layers.0.mlp.experts.down_proj"
+    torch.testing.assert_close(student.state_dict()[name], naive.state_dict()[name], rtol=2e-3, atol=2e-4)
+    assert refits[0].name == "model.layers.0.mlp.experts"
+    assert refits[0].experts_left_out == left_out[0] < 3
+    for refit, block in zip(refits, blocks_of(student, anatomy), strict=True):
+        assert refit.error_after < refit.error_before
+        assert (refit.experts_left_out is None) != has_experts(block, anatomy)
+
+
+def test_experts_with_too_few_tokens_keep_their_weights():
+    model = tiny_model("mixtral")
+    student = student_of(model, {"experts": 3})
+    original = {name: value.clone() for name, value in student.state_dict().items()}
+    # Ten tokens that count, two experts each, 40 channels.
+    refits = compensate(model, student, anatomy_of(model), batches_of(((6, 6),)), no_progress)
+    assert [refit.experts_left_out for refit in refits] == [3, 3, 3]
+    assert all(refit.error_after == refit.error_before for refit in refits)
+    assert all(torch.equal(value, original[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "gpt_neox", "mixtral"])
+def test_follows_the_dense_model_on_other_documents(family):
+    torch.manual_seed(0)
+    model = tiny_model(family)
     calibration, other = batches_of(((30,) * 16,) * 4), batches_of(((30,) * 8,), seed=1)
     plain, fitted = student_of(model, ONLY_MLP), student_of(model, ONLY_MLP)
     compensate(model, fitted, anatomy_of(model), calibration, no_progress)
@@ -124,17 +222,17 @@ def test_follows_the_dense_model_on_other_documents():
 
 def test_a_model_with_everything_kept_stays_the_same():
     model = tiny_model("qwen3")
-    student = student_of(model, Kept([np.arange(3)] * 3, [np.arange(40)] * 3))
+    student = student_of(model, {})
     compensate(model, student, anatomy_of(model), BATCHES, no_progress)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
 def test_activations_that_are_not_finite_fail():
-    moments = Moments(nn.Linear(2, 2))
+    moments = Moments(2, 2, torch.device("cpu"))
     moments.add(torch.tensor([[1.0, float("inf")]]), torch.zeros(1, 2))
     with pytest.raises(StepFailed, match="activations at down are not finite"):
-        moments.refit("down")
+        moments.change("down")
 
 
 def test_no_tokens_fails():

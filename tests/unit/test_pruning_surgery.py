@@ -1,71 +1,109 @@
-import numpy as np
 import pytest
 import torch
-from pruning_models import FAMILIES, VOCABULARY, batches_of, tiny_model
+from pruning_models import FAMILIES, MIXTURES, VOCABULARY, WITH_HEADS, batches_of, kept_of, layout, masked, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
 from finescope.errors import ModelError
-from finescope.models.anatomy import anatomy_of, blocks_of, linear
-from finescope.pruning.allocation import Kept
-from finescope.pruning.groups import groups_of
-from finescope.pruning.surgery import cut, student_config
+from finescope.models.anatomy import anatomy_of, blocks_of
+from finescope.pruning.surgery import cut
 
 (IDS, MASK), *_ = batches_of(((12, 9, 5),))
-ODD = Kept([np.array([0, 2]), np.array([1, 2]), np.array([0, 1])], [np.arange(shift, 40, 2) for shift in (0, 1, 0)])
+# Eight groups of three query heads; three groups stay, and nine heads do not divide 48.
+WIDE = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 4}
 
 
 def pruned(model, kept):
-    return cut(model, anatomy_of(model), groups_of(model, anatomy_of(model)), kept)
+    return cut(model, anatomy_of(model), layout(model), kept)
 
 
-def masked(model, kept):
-    """The dense model with zeros where the output maps read what was removed: the same function as the pruned one."""
-    anatomy = anatomy_of(model)
-    groups = groups_of(model, anatomy)
-    width = groups.queries_per_kv * groups.head_dim
-    for layer, block in enumerate(blocks_of(model, anatomy)):
-        for head in set(range(groups.num_kv_heads)) - set(kept.heads[layer].tolist()):
-            linear(block, anatomy.output).weight.data[:, head * width : (head + 1) * width] = 0
-        gone = sorted(set(range(groups.num_channels)) - set(kept.mlp[layer].tolist()))
-        linear(block, anatomy.down).weight.data[:, gone] = 0
-    return model
-
-
-def logits(model):
+def logits(model, ids=IDS, mask=MASK, **arguments):
     with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK).logits
+        return model(input_ids=ids, attention_mask=mask, **arguments).logits
+
+
+def assert_same(student, model, kept):
+    """On a batch with padding, on one token, and with a cache token by token."""
+    dense = masked(model, kept)
+    torch.testing.assert_close(logits(student), logits(dense), rtol=1e-4, atol=1e-5)
+    one = IDS[:1, :1]
+    torch.testing.assert_close(logits(student, one, MASK[:1, :1]), logits(dense, one, MASK[:1, :1]), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        cache = student(input_ids=IDS[:1, :7], use_cache=True).past_key_values
+        stepped = [student(input_ids=IDS[:1, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(7, 12)]
+    torch.testing.assert_close(torch.cat(stepped, dim=1), logits(dense)[:1, 7:], rtol=1e-4, atol=1e-5)
+
+
+KINDS = [
+    *((family, {"mlp": 16 if family in MIXTURES else 15}) for family in FAMILIES),
+    *((family, {"heads": 2}) for family in WITH_HEADS),
+    *((family, {"experts": 3}) for family in MIXTURES),
+    *((family, {"heads": 1, "mlp": 8, "experts": 2}) for family in MIXTURES),
+]
+
+
+@pytest.mark.parametrize(("family", "counts"), KINDS)
+def test_logits_equal_those_of_the_masked_dense_model(family, counts):
+    model = tiny_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = kept_of(model, **counts)
+    student = pruned(model, kept)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert type(student) is type(model)  # two and four heads divide 48
+    assert_same(student, model, kept)
+    for before, after in zip(layout(model).groups, layout(student).groups, strict=True):
+        # What is left of a single key/value head are its two query heads.
+        left = counts.get(before.kind, before.count)
+        assert after.count == (2 if before.kind == "heads" and left == 1 else left)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_those_of_the_masked_dense_model(family, tied):
+def test_tied_or_not(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    student = pruned(model, ODD)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    torch.testing.assert_close(logits(student), logits(masked(model, ODD)), rtol=1e-4, atol=1e-5)
-    assert type(student) is type(model)  # four heads divide 48
-    assert (student.config.num_attention_heads, student.config.num_key_value_heads, student.config.head_dim) == (4, 2, 8)
-    assert student.config.intermediate_size == 20
-    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+    kept = kept_of(model, heads=2, mlp=16)
+    student = pruned(model, kept)
+    torch.testing.assert_close(logits(student), logits(masked(model, kept)), rtol=1e-4, atol=1e-5)
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
     assert student.generation_config.temperature == 0.7
     assert student.generation_config is not model.generation_config
 
 
-def test_biases_of_every_map():
-    model = tiny_model("llama", attention_bias=True, mlp_bias=True)
-    student = pruned(model, ODD)
-    assert blocks_of(student, anatomy_of(student))[0].self_attn.q_proj.bias.shape == (32,)
-    torch.testing.assert_close(logits(student), logits(masked(model, ODD)), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("family", "biases"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        *((family, {"attention_bias": True}) for family in ("gemma2", "olmo2", "qwen3_moe")),
+        ("gpt_neox", {"attention_bias": False}),
+    ],
+)
+def test_biases(family, biases):
+    model = tiny_model(family, **biases)
+    kept = kept_of(model, heads=2, mlp=16)
+    student = pruned(model, kept)
+    if family != "gpt_neox":
+        assert blocks_of(student, anatomy_of(student))[0].self_attn.q_proj.bias.shape == (32,)
+    assert_same(student, model, kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "phi3", "mixtral"])
+def test_multi_query(family):
+    # Of six query heads on one key/value head three stay: other ones in every layer.
+    model = tiny_model(family, num_key_value_heads=1)
+    kept = kept_of(model, heads=3)
+    student = pruned(model, kept)
+    assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (3, 1)
+    if family != "olmo2":  # its key norm stays whole, which `masked` does not know
+        assert_same(student, model, kept)
 
 
 def test_llama_head_count_that_divides_stays_llama():
     # Nine query heads of 8 on three key/value heads in d_model 72, as SmolLM2's nine of 64 in 576: six divide 72.
     model = tiny_model("llama", hidden_size=72, num_attention_heads=9)
-    student = pruned(model, ODD)
+    kept = kept_of(model, heads=2)
+    student = pruned(model, kept)
     assert type(student) is LlamaForCausalLM
     assert student.config.num_attention_heads == 6
-    torch.testing.assert_close(logits(student), logits(masked(model, ODD)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(student), logits(masked(model, kept)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +121,8 @@ def test_llama_head_count_that_divides_stays_llama():
     ],
 )
 def test_llama_head_count_that_does_not_divide_becomes_mistral(tmp_path, rope):
-    # Eight groups of three query heads; three groups stay, and nine heads do not divide 48.
-    wide = tiny_model("llama", num_attention_heads=24, num_key_value_heads=8, head_dim=4, rope_parameters=rope)
-    kept = ODD._replace(heads=[np.array([0, 2, 7])] * 3)
+    wide = tiny_model("llama", rope_parameters=rope, **WIDE)
+    kept = kept_of(wide, heads=3, mlp=20)
     student = pruned(wide, kept)
     assert type(student) is MistralForCausalLM
     assert student.config.sliding_window is None
@@ -99,8 +136,8 @@ def test_llama_head_count_that_does_not_divide_becomes_mistral(tmp_path, rope):
 
 
 def test_mistral_computes_what_llama_computes_to_the_last_bit():
-    wide = tiny_model("llama", num_attention_heads=24, num_key_value_heads=8, head_dim=4)
-    student = pruned(wide, ODD._replace(heads=[np.array([0, 2, 7])] * 3))
+    wide = tiny_model("llama", **WIDE)
+    student = pruned(wide, kept_of(wide, heads=3, mlp=20))
     config = LlamaConfig(**(student.config.to_dict() | {"num_attention_heads": 12, "num_key_value_heads": 3}))
     config.__dict__["num_attention_heads"] = 9  # past the check that refuses it
     llama = LlamaForCausalLM(config).eval()
@@ -108,18 +145,12 @@ def test_mistral_computes_what_llama_computes_to_the_last_bit():
     assert torch.equal(logits(llama), logits(student))
 
 
-def test_llama_with_biases_and_such_a_head_count_is_refused():
-    wide = tiny_model("llama", num_attention_heads=24, num_key_value_heads=8, head_dim=4, attention_bias=True)
-    with pytest.raises(ModelError, match=r"9 heads: they do not divide hidden_size 48"):
-        student_config(wide.config, groups_of(wide, anatomy_of(wide)), 3, 16)
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [name for name in WITH_HEADS if not name.startswith(("llama", "gemma"))])
 def test_other_families_take_any_head_count(family, tmp_path):
-    model = tiny_model(family, num_attention_heads=24, num_key_value_heads=8, head_dim=4)
-    kept = ODD._replace(heads=[np.array([0, 2, 7])] * 3)
+    model = tiny_model(family, **WIDE)
+    kept = kept_of(model, heads=3, mlp=16)
     student = pruned(model, kept)
-    torch.testing.assert_close(logits(student), logits(masked(model, kept)), rtol=1e-4, atol=1e-5)
+    assert_same(student, model, kept)
     student.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(student))
 
@@ -127,7 +158,7 @@ def test_other_families_take_any_head_count(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dtype_is_kept_and_nothing_is_shared(family):
     model = tiny_model(family, dtype=torch.bfloat16)
-    student = pruned(model, ODD)
+    student = pruned(model, kept_of(model, heads=2, mlp=16, experts=3))
     assert {value.dtype for value in student.state_dict().values()} == {torch.bfloat16}
     assert student.dtype == student.config.dtype == torch.bfloat16
     addresses = {value.untyped_storage().data_ptr() for value in model.parameters()}
@@ -141,4 +172,4 @@ def test_code_of_others_is_refused():
 
     model = Foreign(tiny_model("llama").config)
     with pytest.raises(ModelError, match="not a class of transformers"):
-        pruned(model, ODD)
+        pruned(model, kept_of(model, heads=2))

@@ -11,7 +11,6 @@ from finescope.config import ModelSection
 from finescope.models.load import ModelReference, materialise
 from finescope.models.source import resolve
 
-PRUNABLE = ("llama", "mistral", "qwen2", "qwen3")
 # Windows shorter than the sequences, and layers of both types among the first two.
 _WINDOW = {"sliding_window": 3}
 _EXPERTS = {"num_experts_per_tok": 2}
@@ -51,7 +50,12 @@ _WITHOUT = {
     "gpt_neox": ("head_dim", "num_key_value_heads"),
     "gpt2": ("head_dim", "num_key_value_heads", "intermediate_size"),
 }
-_GPT2_NAMES = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head"}
+_GPT2_NAMES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+}
 
 
 def tiny_config(family: str, *, num_layers: int = 4, **settings: object) -> Any:
@@ -70,10 +74,11 @@ def tiny_config(family: str, *, num_layers: int = 4, **settings: object) -> Any:
         "eos_token_id": 2,
     }
     sizes = {key: value for key, value in sizes.items() if key not in _WITHOUT.get(family, ())}
+    sizes |= _SETTINGS[family] | settings
     if family == "gpt2":
         sizes = {_GPT2_NAMES.get(key, key): value for key, value in sizes.items()}
     name = "Gemma3Text" if family == "gemma3_text" else _CLASSES[family]
-    return getattr(transformers, f"{name}Config")(**(sizes | _SETTINGS[family] | settings))
+    return getattr(transformers, f"{name}Config")(**sizes)
 
 
 def tiny_model(family: str, *, num_layers: int = 4, seed: int = 0, **settings: object) -> PreTrainedModel:
