@@ -1,13 +1,13 @@
 """Sums over the groups of a parameter, and the rows or columns of those that stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finescope.models.cuts import Cut, Part
+from finescope.models.cuts import Cut
 from finescope.models.groups import Layout
 
 # For each of `Layout.groups` the groups that stay: int64 [its layers, rows, kept], ascending along a row.
@@ -18,22 +18,25 @@ class Place(NamedTuple):
     """A cut of one block's parameter, and where what is known of its groups is kept."""
 
     cut: Cut
-    owners: Tensor  # int64 [size of the axis]: the group of each row or column; -1: of none
+    parts: tuple[tuple[int, int], ...]  # along the axis: a length, and how many groups divide it evenly; 0: of no group
     index: int  # of `Layout.groups`
     position: int  # of the block among the layers of those
 
 
 def places_of(layout: Layout, layer: int) -> tuple[Place, ...]:
     """Every cut of a block, those by expert first."""
-    return tuple(Place(cut, owners_of(cut, layout.parts[layer]), *layout.find(cut.kind, layer)) for cut in layout.cuts[layer])
+    sizes = layout.parts[layer]
+    return tuple(
+        Place(cut, tuple(sizes[part] for part in cut.parts), *layout.find(cut.kind, layer)) for cut in layout.cuts[layer]
+    )
 
 
-def owners_of(cut: Cut, parts: Mapping[Part, tuple[int, int]]) -> Tensor:
-    """The group of each row (or column) along a cut: int64 [size of the axis], -1 where all groups share it."""
-    owners = []
-    for part in cut.parts:
-        length, groups = parts[part]
-        owners.append(torch.arange(groups).repeat_interleave(length // groups) if groups else torch.full((length,), -1))
+def owners_of(parts: Sequence[tuple[int, int]]) -> Tensor:
+    """The group of each row (or column) along a cut: int64 [size of the axis], -1 where it is of none."""
+    owners = [
+        torch.arange(groups).repeat_interleave(length // groups) if groups else torch.full((length,), -1)
+        for length, groups in parts
+    ]
     return torch.cat(owners)
 
 
@@ -42,12 +45,18 @@ def add_sums(sums: Tensor, values: Tensor, place: Place, stretch: slice, weight:
 
     `values` are of the parameter's shape, or of one `stretch` of its first axis: of a few experts.
     """
-    owners = (place.owners[stretch] if place.cut.axis == 0 else place.owners).to(values.device)
     along = values.movedim(place.cut.axis, -1)  # by expert: [experts, across, along]
     along = along.reshape(values.shape[0] if place.cut.by_expert else 1, -1, along.shape[-1]).sum(dim=1)
-    grouped = owners >= 0
-    target = sums[stretch] if place.cut.by_expert else sums
-    target.index_add_(1, owners[grouped], along[:, grouped].to(sums.dtype), alpha=weight)
+    if place.cut.by_expert:
+        sums, parts = sums[stretch], place.parts
+    elif "expert" in place.cut.parts:
+        sums, parts = sums[:, stretch], [(along.shape[-1], along.shape[-1])]
+    else:
+        parts = place.parts
+    # Part by part and not by index, so that a GPU adds in one order every time.
+    for part, (_, groups) in zip(along.split([length for length, _ in parts], dim=-1), parts, strict=True):
+        if groups:
+            sums += weight * part.reshape(len(part), groups, -1).sum(dim=-1).to(sums.dtype)
 
 
 def stretches(places: Sequence[Place], experts: Sequence[int]) -> list[slice]:
@@ -59,7 +68,8 @@ def stretches(places: Sequence[Place], experts: Sequence[int]) -> list[slice]:
 
 def take(values: Tensor, place: Place, kept: np.ndarray) -> Tensor:
     """The rows (or columns) of a parameter that stay: `kept` is int64 [rows, groups], as `Kept` has it for the block."""
-    stays = [_indices(place.owners, groups).to(values.device) for groups in kept]
+    owners = owners_of(place.parts)
+    stays = [_indices(owners, groups).to(values.device) for groups in kept]
     if place.cut.by_expert:
         experts = zip(values, stays, strict=True)
         return torch.stack([expert.index_select(place.cut.axis - 1, indices) for expert, indices in experts])

@@ -44,21 +44,16 @@ def test_an_unknown_architecture(inputs: Path, tmp_path: Path, command: str) -> 
     assert checked.errors[0] == ended.errors[0]
 
 
-def test_a_family_that_cannot_be_pruned_is_refused_before_the_dear_steps(inputs: Path, tmp_path: Path, model: Path) -> None:
+def test_groups_that_a_family_cannot_lose_are_refused_before_the_dear_steps(inputs: Path, tmp_path: Path, model: Path) -> None:
     words = json.loads((model / "config.json").read_text())["vocab_size"]
     sizes = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 512, "vocab_size": words, "initializer_range": 0.2}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=2, pad_token_id=1)).save_pretrained(model)
-    case = Case(inputs, tmp_path, model={"path": str(model)})
+    case = Case(inputs, tmp_path, model={"path": str(model)}, prune={"structure": ["heads", "mlp"]})
     ended = case.run()
-    refused(ended, "family 'gpt2' is recognised but cannot be pruned yet: query, key and value are one", "--until curate")
-    assert ended.errors[1:] == [_HINT]
+    refused(ended, "prune.structure: no heads can be removed from this model: GPT-2 takes the size of a head", "a list of mlp")
     assert states(case.output) == {"index": "done", "model": "done"}
-    curated = case.run("--until", "curate")
-    assert curated.code == 0, curated.err
-    assert states(case.output)["curate"] == "done"
-    refused(case.run(), "cannot be pruned yet")
     checked = finescope("check-model", str(model))
-    assert "not yet: query, key and value are one fused map" in checked.out
+    assert "mlp; not heads: GPT-2 takes the size of a head to be n_embd / n_head" in " ".join(checked.out.split())
     assert "transformer.h.N.attn.c_proj" in checked.out
 
 

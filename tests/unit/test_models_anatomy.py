@@ -3,16 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, PRUNABLE, saved_model, saved_multimodal_model, tiny_model
+from tiny_models import FAMILIES, saved_model, saved_multimodal_model, tiny_model
 from torch import nn
 
 from finescope.config import ModelSection
 from finescope.distillation.student import load_student
 from finescope.errors import ModelError
 from finescope.models import anatomy as module
-from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of, require_prunable
+from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
 from finescope.models.describe import describe
-from finescope.pruning.groups import groups_of
 
 # The linear maps that all blocks of a family have.
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -63,20 +62,6 @@ def test_lora_adapts_the_linear_maps_of_the_blocks(tmp_path: Path, family: str) 
         found = [name.rpartition(".")[2] for name in adapted if re.search(rf"\.{layer}\.", name)]
         assert sorted(found) == sorted(LINEARS.get(family, LLAMA))
     assert all(re.search(r"\.[0-3]\.", name) for name in adapted), "no head, no embedding"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pruning_handles_the_families_that_it_says(family: str) -> None:
-    model = tiny_model(family)
-    anatomy = anatomy_of(model)
-    if family in PRUNABLE:
-        require_prunable(anatomy)
-        assert groups_of(model, anatomy).num_layers == 4
-        return
-    for refuse in (lambda: require_prunable(anatomy), lambda: groups_of(model, anatomy)):
-        message = f"'{family}' is recognised but cannot be pruned yet: {re.escape(anatomy.unprunable)}; .*llama, mistral"
-        with pytest.raises(ModelError, match=message):
-            refuse()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,14 +116,23 @@ def test_describe_tells_sites_and_what_can_be_pruned(tmp_path: Path, family: str
         assert (rows[site]["width"], rows[site]["layers"], rows[site]["reads"]) == (16, "1-4", "output")
     for row in rows.values():
         model.get_submodule(row["module"].replace(".N", ".2"))
-    if family in PRUNABLE:
-        assert told["prune"] == "yes"
-        norms = sum(count for name, count in told["modules"].items() if "norm" in name)
-        assert sum(told["prunable"].values()) + norms == told["block_parameters"]
-        assert told["prunable"]["mlp"] == 4 * 3 * 16 * 24
+    norms = sum(count for name, count in told["modules"].items() if "norm" in name and family != "olmo2")
+    whole = told["block_parameters"] - norms
+    if family in ("gpt2", "gpt_neox"):
+        assert told["prune"].startswith("mlp; not heads: GPT-")
+        assert told["prunable"] == {"mlp": 4 * mlp_width * (2 * 16 + 1)}  # of the biases those of the first map
+    elif family in ("mixtral", "qwen3_moe"):
+        assert told["prune"] == "heads, mlp, experts"
+        dense = 3 * 16 * 24 if family == "qwen3_moe" else 0
+        assert told["prunable"]["heads"] + told["prunable"]["experts"] + dense == whole
+        assert (
+            told["prunable"]["mlp"] == sum(1 - bool(dense and layer == 2) for layer in range(4)) * 4 * 3 * 16 * mlp_width + dense
+        )
     else:
-        assert told["prune"].startswith("not yet: ")
-        assert told["prunable"] == {}
+        assert told["prune"] == "heads, mlp"
+        stream = 4 * 2 * 16 if family == "olmo2" else 0  # its norms over all heads leave with them
+        assert sum(told["prunable"].values()) + stream == whole
+        assert told["prunable"]["mlp"] == 4 * 3 * 16 * 24
 
 
 def test_describe_of_a_multimodal_model_tells_of_its_text_model(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_dense_blocks_beside_mixtures_lose_the_same_share():
 @given(
     ratio=st.floats(0.01, 0.95),
     num_heads=st.integers(1, 9),
-    num_channels=st.integers(1, 200),
+    num_channels=st.integers(2, 200),
     head_params=st.integers(10, 500),
     round_to=st.integers(1, 64),
     seed=st.integers(0, 5),

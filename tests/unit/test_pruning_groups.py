@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from pruning_models import DENSE, FAMILIES, FIXED_HEADS, MIXTURES, layout, tiny_model
@@ -75,37 +76,38 @@ def test_multi_query_heads_share_key_and_value():
 
 
 def test_owners_of_fused_rows_by_hand():
-    parts = {"query": (8, 2), "key": (4, 2), "value": (4, 2)}
-    assert owners_of(Cut("heads", "qkv", 0, ("query", "key", "value")), parts).tolist() == [0] * 4 + [1] * 4 + [0, 0, 1, 1] * 2
-    shared = {"query": (4, 2), "key": (2, 0)}
-    assert owners_of(Cut("heads", "qk", 0, ("query", "key")), shared).tolist() == [0, 0, 1, 1, -1, -1]
+    assert owners_of([(8, 2), (4, 2), (4, 2)]).tolist() == [0] * 4 + [1] * 4 + [0, 0, 1, 1] * 2
+    assert owners_of([(4, 2), (2, 0)]).tolist() == [0, 0, 1, 1, -1, -1]
 
 
-def summed(values, cut, owners, rows=1, count=2, stretch=slice(None)):
+def summed(values, cut, parts, rows=1, count=2, stretch=slice(None)):
     sums = torch.zeros(rows, count, dtype=torch.float64)
-    add_sums(sums, values, Place(cut, torch.tensor(owners), 0, 0), stretch)
+    add_sums(sums, values, Place(cut, parts, 0, 0), stretch, 1)
     return sums.tolist()
 
 
 def test_sums_and_what_is_taken_by_hand():
     values = torch.arange(12.0).reshape(4, 3)
     rows, columns = Cut("heads", "w", 0, ("query",)), Cut("mlp", "w", 1, ("channel",))
-    assert summed(values, rows, [0, 0, 1, 1]) == [[15.0, 51.0]]
-    assert summed(values, rows, [1, -1, 0, 0]) == [[51.0, 3.0]]
-    assert summed(values, columns, [0, 1, 2], count=3) == [[18.0, 22.0, 26.0]]
-    assert summed(values[:, 0], rows, [0, 0, 1, 1]) == [[3.0, 15.0]]
-    place = Place(rows, torch.tensor([0, 1, 0, -1]), 0, 0)
-    assert take(values[:, 0], place, torch.tensor([[0]]).numpy()).tolist() == [0.0, 6.0, 9.0]
+    assert summed(values, rows, ((4, 2),)) == [[15.0, 51.0]]
+    assert summed(values, rows, ((2, 2), (2, 2))) == [[3.0 + 21.0, 12.0 + 30.0]]
+    assert summed(values, rows, ((2, 2), (2, 0))) == [[3.0, 12.0]]
+    assert summed(values, columns, ((3, 3),), count=3) == [[18.0, 22.0, 26.0]]
+    assert summed(values[:, 0], rows, ((4, 2),)) == [[3.0, 15.0]]
+    place = Place(rows, ((2, 2), (1, 0), (1, 0)), 0, 0)
+    assert take(values[:, 0], place, np.array([[0]])).tolist() == [0.0, 6.0, 9.0]
+    assert take(values, Place(columns, ((3, 3),), 0, 0), np.array([[0, 2]]))[1].tolist() == [3.0, 5.0]
 
 
 def test_experts_have_groups_of_their_own():
     values = torch.arange(8.0).reshape(2, 2, 2)  # [experts, across, channels]
-    cut = Cut("mlp", "w", 2, ("channel",), by_expert=True)
-    assert summed(values, cut, [0, 1], rows=2) == [[2.0, 4.0], [10.0, 12.0]]
-    assert summed(values[1:], cut, [0, 1], rows=2, stretch=slice(1, 2)) == [[0.0, 0.0], [10.0, 12.0]]
-    assert summed(values[1:], Cut("experts", "w", 0, ("expert",)), [0, 1], stretch=slice(1, 2)) == [[0.0, 22.0]]
-    place = Place(cut, torch.tensor([0, 1]), 0, 0)
-    assert take(values, place, torch.tensor([[0], [1]]).numpy()).tolist() == [[[0.0], [2.0]], [[5.0], [7.0]]]
+    cut, parts = Cut("mlp", "w", 2, ("channel",), by_expert=True), ((2, 2),)
+    assert summed(values, cut, parts, rows=2) == [[2.0, 4.0], [10.0, 12.0]]
+    assert summed(values[1:], cut, parts, rows=2, stretch=slice(1, 2)) == [[0.0, 0.0], [10.0, 12.0]]
+    whole = Cut("experts", "w", 0, ("expert",))
+    assert summed(values, whole, parts) == [[6.0, 22.0]]
+    assert summed(values[1:], whole, parts, stretch=slice(1, 2)) == [[0.0, 22.0]]
+    assert take(values, Place(cut, parts, 0, 0), np.array([[0], [1]])).tolist() == [[[0.0], [2.0]], [[5.0], [7.0]]]
 
 
 def test_uneven_blocks_are_refused():
