@@ -50,7 +50,8 @@ def removed_params(table):
 def test_every_family(family):
     model, (student, table, summary), seen = quartered(family)
     assert sum(seen) == planned_tokens(section(), 33) == 66
-    assert abs(summary["ratio_reached"] - 0.25) < 0.05
+    # Channels of experts stay by eights: half a step is a tenth of them.
+    assert abs(summary["ratio_reached"] - 0.25) < (0.1 if family in MIXTURES else 0.05)
     assert summary["parameters_after"] == student.num_parameters()
     removed = summary["block_parameters_before"] - summary["block_parameters_after"]
     assert removed == summary["parameters_before"] - summary["parameters_after"] == removed_params(table)
@@ -72,7 +73,7 @@ def test_methods_without_gradients(family, method):
     seen = []
     given = section(ratio=0.25, method=method, compensate=False)
     _, table, summary = prune_model(model, anatomy_of(model), given, BATCHES, seen.append)
-    assert abs(summary["ratio_reached"] - 0.25) < 0.05
+    assert abs(summary["ratio_reached"] - 0.25) < (0.1 if family in MIXTURES else 0.05)
     assert seen == []
     assert summary["block_parameters_before"] - summary["block_parameters_after"] == removed_params(table)
     assert np.isfinite(table["importance"].to_numpy()).all()
