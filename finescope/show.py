@@ -119,9 +119,9 @@ def show_model(model: str, as_json: bool) -> None:
     _table(model, ("", ""), plain.items())
     columns = ("site", "module", "reads", "width", "layers")
     _table("sites (block N is layer N + 1)", columns, [[row[column] for column in columns] for row in found["sites"]])
-    for name in ("prunable", "modules"):
+    for name, column in (("prunable", "parameters"), ("not_prunable", "why"), ("modules", "parameters")):
         if found[name]:
-            _table(name, ("part", "parameters"), found[name].items())
+            _table(name.replace("_", " "), ("part", column), found[name].items())
 
 
 def closing_table(manifests: Mapping[str, Manifest]) -> None:

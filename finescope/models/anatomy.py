@@ -101,7 +101,7 @@ _TABLE = (
         stored_masks=(".attn.masked_bias",),
         cuts=cuts.GPT2_MLP,
         sizes=(("channels", "n_inner"),),
-        fixed_heads="GPT-2 takes the size of a head to be n_embd / n_head",
+        fixed_heads="GPT-2 takes n_embd / n_head for the size of a head",
     ),
     Anatomy(
         "gpt_neox",
@@ -115,7 +115,7 @@ _TABLE = (
         down="mlp.dense_4h_to_h",
         others=(*_NORMS, "mlp.act", "post_attention_dropout", "post_mlp_dropout"),
         cuts=cuts.GPT_NEOX_MLP,
-        fixed_heads="GPT-NeoX takes the size of a head to be hidden_size / num_attention_heads",
+        fixed_heads="it takes hidden_size / num_attention_heads for their size",
     ),
     _mixture("mixtral", _NORMS, (), expert_channels="intermediate_size", experts="num_local_experts"),
     _mixture(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from finescope.config import ModelSection
 from finescope.errors import ModelError
 from finescope.models.anatomy import Anatomy, anatomy_of, block_parameters, blocks_of, has_experts
-from finescope.models.groups import kinds_of, layout_of
+from finescope.models.groups import Layout, layout_of
 from finescope.models.hooks import HookPoint, Site, hook_width, module_path
 from finescope.models.load import load_meta_model
 from finescope.models.source import resolve
@@ -24,7 +24,8 @@ def describe(section: ModelSection) -> dict[str, Any]:
     model = load_meta_model(source, trust_remote_code=section.trust_remote_code)
     anatomy = anatomy_of(model)
     config, blocks = model.config, blocks_of(model, anatomy)
-    prune, prunable = _prunable(model, anatomy)
+    layout = layout_of(model, anatomy)
+    prunable = _prunable(layout)
     return {
         "path": source.path,
         "kind": source.kind,
@@ -42,9 +43,10 @@ def describe(section: ModelSection) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "block_parameters": block_parameters(model, anatomy),
         "capture": "yes, at the sites below",
-        "prune": prune,
+        "prune": ", ".join(prunable),
         "sites": _sites(model, len(blocks)),
         "prunable": prunable,
+        "not_prunable": {kind: why for kind, why in layout.refused.items() if kind != "experts" or anatomy.experts},
         "modules": _parameters(blocks),
     }
 
@@ -60,16 +62,13 @@ def _parameters(blocks: list[nn.Module]) -> dict[str, int]:
     return counts
 
 
-def _prunable(model: PreTrainedModel, anatomy: Anatomy) -> tuple[str, dict[str, int]]:
-    """In words, and the parameters of all groups of each kind; those of experts hold those of their channels."""
-    layout = layout_of(model, anatomy)
-    able = kinds_of(layout, "auto")
-    refused = [f"not {kind}: {reason}" for kind, reason in layout.refused.items() if kind != "experts" or anatomy.experts]
-    counts = dict.fromkeys(able, 0)
+def _prunable(layout: Layout) -> dict[str, int]:
+    """Parameters of all groups of each kind that the model can lose; those of experts hold those of their channels."""
+    counts: dict[str, int] = {}
     for groups in layout.groups:
-        if groups.kind in counts:
-            counts[groups.kind] += len(groups.layers) * groups.rows * groups.count * groups.params
-    return "; ".join([", ".join(able), *refused]), dict(counts)
+        if groups.kind not in layout.refused:
+            counts[groups.kind] = counts.get(groups.kind, 0) + len(groups.layers) * groups.rows * groups.count * groups.params
+    return counts
 
 
 def _sites(model: PreTrainedModel, num_layers: int) -> list[dict[str, Any]]:

@@ -50,10 +50,10 @@ def test_groups_that_a_family_cannot_lose_are_refused_before_the_dear_steps(inpu
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=2, pad_token_id=1)).save_pretrained(model)
     case = Case(inputs, tmp_path, model={"path": str(model)}, prune={"structure": ["heads", "mlp"]})
     ended = case.run()
-    refused(ended, "prune.structure: no heads can be removed from this model: GPT-2 takes the size of a head", "a list of mlp")
+    refused(ended, "prune.structure: no heads can be removed from this model: GPT-2 takes n_embd / n_head", "a list of mlp")
     assert states(case.output) == {"index": "done", "model": "done"}
     checked = finescope("check-model", str(model))
-    assert "mlp; not heads: GPT-2 takes the size of a head to be n_embd / n_head" in " ".join(checked.out.split())
+    assert "heads GPT-2 takes n_embd / n_head for the size of a head" in " ".join(checked.out.split())
     assert "transformer.h.N.attn.c_proj" in checked.out
 
 

@@ -142,7 +142,7 @@ def test_kinds_that_a_model_has(family):
     assert kinds_of(found, "auto") == expected
     assert kinds_of(found, ("mlp",)) == ("mlp",)
     for kind in {"heads", "experts"} - set(expected):
-        why = "no experts" if kind == "experts" else "takes the size of a head to be"
+        why = "no experts" if kind == "experts" else "for the(ir)? size"
         with pytest.raises(
             RecipeError, match=rf"no {kind} can be removed .*{why}.*; expected auto or a list of {', '.join(expected)}"
         ):
