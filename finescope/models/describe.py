@@ -67,7 +67,7 @@ def _prunable(layout: Layout) -> dict[str, int]:
     counts: dict[str, int] = {}
     for groups in layout.groups:
         if groups.kind not in layout.refused:
-            counts[groups.kind] = counts.get(groups.kind, 0) + len(groups.layers) * groups.rows * groups.count * groups.params
+            counts[groups.kind] = counts.get(groups.kind, 0) + len(groups.layers) * groups.rows * groups.number * groups.params
     return counts
 
 

@@ -1,7 +1,7 @@
 """Groups: the parameters of a model that leave together, how many there are, and how many may stay."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,10 +22,10 @@ class Groups(NamedTuple):
     layers: tuple[int, ...]  # the blocks that have them, 0-based
     by_expert: bool  # channels of experts: a row for each
     rows: int  # experts where `by_expert`, else 1
-    count: int  # groups of a row
+    number: int  # groups of a row
     params: int  # parameters of one group
-    allowed: tuple[int, ...]  # how many of a row may stay, ascending; the last is `count`
-    setting: str  # of the configuration, that holds `count`; empty for heads, which need three
+    allowed: tuple[int, ...]  # how many of a row may stay, ascending; the last is `number`
+    setting: str  # of the configuration, that holds `number`; empty for heads, which need three
 
 
 class Heads(NamedTuple):
@@ -105,14 +105,14 @@ def settings_of(layout: Layout, kept: Sequence[int]) -> dict[str, int]:
     return settings
 
 
-def kinds_of(layout: Layout, structure: str | Sequence[Kind]) -> tuple[Kind, ...]:
+def kinds_of(layout: Layout, structure: Literal["auto"] | tuple[Kind, ...]) -> tuple[Kind, ...]:
     """The kinds of groups that `prune.structure` names; `auto` names every kind of which the model can lose some.
 
     Raises:
         RecipeError: a kind is named of which nothing can be removed, or none is.
     """
     able = tuple(kind for kind in KINDS if kind not in layout.refused)
-    named = able if isinstance(structure, str) else tuple(structure)
+    named: tuple[Kind, ...] = able if isinstance(structure, str) else structure
     if not named:
         raise RecipeError(f"prune.structure is empty: expected auto or a list of {', '.join(able)}")
     for kind in named:
@@ -147,9 +147,11 @@ def _parts(block: nn.Module, anatomy: Anatomy, heads: Heads) -> dict[Part, tuple
     parts: dict[Part, tuple[int, int]] = {"query": (query, heads.groups), "key": (key, shared), "value": (key, shared)}
     if has_experts(block, anatomy):
         experts, _, channels = block.get_parameter(f"{anatomy.experts}.down_proj").shape
-        return parts | {"channel": (channels, channels), "expert": (experts, experts)}
-    channels = input_width(linear_map(block, anatomy.down))
-    return parts | {"channel": (channels, channels)}
+        parts["expert"] = (experts, experts)
+    else:
+        channels = input_width(linear_map(block, anatomy.down))
+    parts["channel"] = (channels, channels)
+    return parts
 
 
 def _mlp_groups(
@@ -176,7 +178,7 @@ def _params(
             parameter = blocks[layer].get_parameter(cut.parameter)
             lengths = [parts[layer][part] for part in cut.parts]
             total += parameter.numel() // parameter.shape[cut.axis] * sum(length for length, shared_by in lengths if shared_by)
-    return total // (groups.rows * groups.count)
+    return total // (groups.rows * groups.number)
 
 
 def _check_alike(blocks: Sequence[nn.Module], cuts: Sequence[Sequence[Cut]], layers: Sequence[int], anatomy: Anatomy) -> None:

@@ -32,8 +32,8 @@ def choose(importance: Importance, layout: Layout, ratio: float, structure: Stru
         RecipeError: the ratio cannot be reached or removes nothing, or `structure` names a kind that the model cannot lose.
     """
     kinds = kinds_of(layout, structure)
-    whole = tuple(groups.count for groups in layout.groups)
-    options = [_options(groups, round_to) if groups.kind in kinds else (groups.count,) for groups in layout.groups]
+    whole = tuple(groups.number for groups in layout.groups)
+    options = [_options(groups, round_to) if groups.kind in kinds else (groups.number,) for groups in layout.groups]
     given = f"structure {list(kinds)} and round_to {round_to}"
     splits = _splits(layout, ratio, kinds, options) if ratio else [whole]
     if not splits:
@@ -59,14 +59,18 @@ def removed_ratio(layout: Layout, counts: Counts) -> float:
 
 def _options(groups: Groups, round_to: int) -> Counts:
     """How many may stay, ascending."""
-    if groups.kind != "mlp" or groups.count < round_to:
+    if groups.kind != "mlp" or groups.number < round_to:
         return groups.allowed
-    return tuple(count for count in groups.allowed if count % round_to == 0 or count == groups.count)
+    return tuple(count for count in groups.allowed if count % round_to == 0 or count == groups.number)
+
+
+def _filler(kinds: Sequence[Kind]) -> Kind:
+    return next(kind for kind in _FINEST if kind in kinds)
 
 
 def _splits(layout: Layout, ratio: float, kinds: Sequence[Kind], options: Sequence[Counts]) -> list[Counts]:
     """The counts that reach the ratio, fewest removed first."""
-    filler = next(kind for kind in _FINEST if kind in kinds)
+    filler = _filler(kinds)
     free = [groups.kind != filler and len(counts) > 1 for groups, counts in zip(layout.groups, options, strict=True)]
     tried = [counts[::-1] if varies else (counts[-1],) for counts, varies in zip(options, free, strict=True)]
     filled = (_fill(layout, ratio * layout.block_params, filler, options, counts) for counts in itertools.product(*tried))
@@ -74,7 +78,7 @@ def _splits(layout: Layout, ratio: float, kinds: Sequence[Kind], options: Sequen
 
     def share(counts: Counts) -> float:
         """The largest share of a kind, other than the filler, that leaves."""
-        shares = [1 - kept / groups.count for kept, groups, varies in zip(counts, layout.groups, free, strict=True) if varies]
+        shares = [1 - kept / groups.number for kept, groups, varies in zip(counts, layout.groups, free, strict=True) if varies]
         return max(shares, default=0.0)
 
     # The margin forgives a share that equals the ratio but for rounding in floating point.
@@ -93,7 +97,7 @@ def _fill(layout: Layout, target: float, filler: Kind, options: Sequence[Counts]
     available = _removed_params(layout, emptied) - _removed_params(layout, counts)
     filled = []
     for groups, count, allowed, fill in zip(layout.groups, counts, options, fills, strict=True):
-        ideal = groups.count - max(0.0, missing) * groups.count / available
+        ideal = groups.number - max(0.0, missing) * groups.number / available
         # Of channels one step below the fewest is none.
         step = allowed[0] if groups.kind == "mlp" else 1
         near = _nearest((allowed[0] - step, *allowed), ideal) if fill else count
@@ -108,7 +112,7 @@ def _removed_params(layout: Layout, counts: Counts) -> int:
     removed = 0
     for groups, count in zip(layout.groups, counts, strict=True):
         rows = counts[_experts_of(layout, groups)] if groups.by_expert else groups.rows
-        removed += len(groups.layers) * rows * (groups.count - count) * groups.params
+        removed += len(groups.layers) * rows * (groups.number - count) * groups.params
     return removed
 
 
@@ -125,10 +129,10 @@ def _nearest(allowed: Counts, ideal: float) -> int:
 
 def _smallest_step(layout: Layout, kinds: Sequence[Kind], options: Sequence[Counts]) -> float:
     """The largest ratio that rounds to nothing removed."""
-    filler = next(kind for kind in _FINEST if kind in kinds)
-    emptied = tuple(0 if groups.kind == filler else groups.count for groups in layout.groups)
+    filler = _filler(kinds)
+    emptied = tuple(0 if groups.kind == filler else groups.number for groups in layout.groups)
     steps = [
-        (groups.count - counts[-2]) / 2 / groups.count
+        (groups.number - counts[-2]) / 2 / groups.number
         for groups, counts in zip(layout.groups, options, strict=True)
         if groups.kind == filler and len(counts) > 1
     ]
@@ -155,7 +159,7 @@ class _Loss:
         loss = 0.0
         for groups, count, table in zip(self.layout.groups, counts, self.tables, strict=True):
             rows = counts[_experts_of(self.layout, groups)] if groups.by_expert else groups.rows
-            loss += float(table[rows, groups.count - count])
+            loss += float(table[rows, groups.number - count])
         return loss
 
 

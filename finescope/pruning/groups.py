@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
     cut: Cut
     parts: tuple[tuple[int, int], ...]  # along the axis: a length, and how many groups divide it evenly; 0: of no group
-    index: int  # of `Layout.groups`
+    which: int  # of `Layout.groups`
     position: int  # of the block among the layers of those
 
 
@@ -41,7 +41,7 @@ def owners_of(parts: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def add_sums(sums: Tensor, values: Tensor, place: Place, stretch: slice, weight: int = 1) -> None:
-    """Add to `sums`, float64 [rows, count], those of `values` over each group, `weight` times.
+    """Add to `sums`, float64 [rows, number], those of `values` over each group, `weight` times.
 
     `values` are of the parameter's shape, or of one `stretch` of its first axis: of a few experts.
     """

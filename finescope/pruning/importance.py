@@ -25,7 +25,7 @@ _LOGIT_ROWS = 512  # tokens whose logits are in memory at a time: [512, vocabula
 class Importance(NamedTuple):
     """One number a group, the same unit for all kinds; larger is more important."""
 
-    values: tuple[np.ndarray, ...]  # for each of `Layout.groups`: float32 [its layers, rows, count]
+    values: tuple[np.ndarray, ...]  # for each of `Layout.groups`: float32 [its layers, rows, number]
     expert_tokens: dict[int, np.ndarray]  # where tokens were run, by layer with experts: tokens that each got, int64 [experts]
 
 
@@ -75,23 +75,23 @@ def magnitude_importance(model: PreTrainedModel, anatomy: Anatomy, layout: Layou
             for stretch in stretches(places, range(len(parameter))):
                 squares = parameter[stretch].float().square()
                 for place in places:
-                    add_sums(sums.totals[place.index][place.position], squares, place, stretch)
+                    add_sums(sums.totals[place.which][place.position], squares, place, stretch)
     return Importance(tuple(totals.float().cpu().numpy() for totals in sums.totals), {})
 
 
 def random_importance(layout: Layout, seed: int) -> Importance:
     """Uniform in [0, 1) a parameter: scaled by the group's parameters, so that no kind is the cheaper one by its size."""
     rng = np.random.default_rng(seed)
-    shapes = [(len(groups.layers), groups.rows, groups.count) for groups in layout.groups]
+    shapes = [(len(groups.layers), groups.rows, groups.number) for groups in layout.groups]
     drawn = [rng.random(shape) * groups.params for shape, groups in zip(shapes, layout.groups, strict=True)]
     return Importance(tuple(values.astype(np.float32) for values in drawn), {})
 
 
 class _Sums:
-    """What a pass adds up, for each of `Layout.groups`: float64 [its layers, rows, count]."""
+    """What a pass adds up, for each of `Layout.groups`: float64 [its layers, rows, number]."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        shapes = [(len(groups.layers), groups.rows, groups.count) for groups in layout.groups]
+        shapes = [(len(groups.layers), groups.rows, groups.number) for groups in layout.groups]
         self.totals = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
         self.expert_tokens: dict[int, Tensor] = {}
         self.begin(torch.empty(0, 0, dtype=torch.int64))
@@ -115,7 +115,7 @@ class _Sums:
         for stretch in stretches(places, self._experts.get(layer, ())):
             product = parameter.grad[stretch].float().mul_(parameter[stretch]).abs_()
             for place in places:
-                add_sums(self.totals[place.index][place.position], product, place, stretch, self.weight)
+                add_sums(self.totals[place.which][place.position], product, place, stretch, self.weight)
         parameter.grad = None
 
 

@@ -83,7 +83,7 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.T
             if layer not in groups.layers:
                 continue
             position = groups.layers.index(layer)
-            stays = np.zeros((groups.rows, groups.count), dtype=bool)
+            stays = np.zeros((groups.rows, groups.number), dtype=bool)
             np.put_along_axis(stays, kept[index][position], True, axis=1)
             if groups.by_expert:
                 stays &= np.isin(np.arange(groups.rows), kept[layout.find("experts", layer)[0]][position])[:, None]
@@ -113,7 +113,9 @@ def _sizes(layout: Layout, when: str) -> dict[str, int]:
     names = {("mlp", False): "mlp_channels", ("mlp", True): "expert_channels", ("experts", False): "experts"}
     sizes = {"query_heads": layout.heads.num_query, "kv_heads": layout.heads.num_kv}
     sizes |= {
-        names[groups.kind, groups.by_expert]: groups.count for groups in layout.groups if (groups.kind, groups.by_expert) in names
+        names[groups.kind, groups.by_expert]: groups.number
+        for groups in layout.groups
+        if (groups.kind, groups.by_expert) in names
     }
     return {f"{name}_{when}": size for name, size in sizes.items()}
 

@@ -50,7 +50,7 @@ def _kept_weights(model: PreTrainedModel, anatomy: Anatomy, layout: Layout, kept
         for place in places_of(layout, layer):
             name = f"{anatomy.blocks}.{layer}.{place.cut.parameter}"
             whole = smaller.get(name, block.get_parameter(place.cut.parameter).detach())
-            smaller[name] = take(whole, place, kept[place.index][place.position]).contiguous()
+            smaller[name] = take(whole, place, kept[place.which][place.position]).contiguous()
     copies: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, value in model.named_parameters(remove_duplicate=False):

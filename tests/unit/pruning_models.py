@@ -68,7 +68,7 @@ def kept_of(model: PreTrainedModel, seed: int = 0, **counts: int) -> Kept:
     random = np.random.default_rng(seed)
     kept = []
     for groups in layout(model).groups:
-        shape, stay = (len(groups.layers), groups.rows, groups.count), counts.get(groups.kind, groups.count)
+        shape, stay = (len(groups.layers), groups.rows, groups.number), counts.get(groups.kind, groups.number)
         kept.append(np.sort(random.random(shape).argsort(axis=-1)[..., :stay], axis=-1))
     return tuple(kept)
 
@@ -76,7 +76,7 @@ def kept_of(model: PreTrainedModel, seed: int = 0, **counts: int) -> Kept:
 def gone(groups: Layout, kept: Kept, kind: str, layer: int) -> list[list[int]]:
     """Row by row the groups of a kind that leave a block."""
     index, position = groups.find(kind, layer)  # type: ignore[arg-type]
-    return [sorted(set(range(groups.groups[index].count)) - set(row.tolist())) for row in kept[index][position]]
+    return [sorted(set(range(groups.groups[index].number)) - set(row.tolist())) for row in kept[index][position]]
 
 
 @torch.no_grad()

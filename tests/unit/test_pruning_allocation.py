@@ -38,8 +38,8 @@ def importance(model: Layout, **each: float) -> Importance:
     """Group i has i + 1 times the number given for its kind; channels have that number."""
     values = []
     for groups in model.groups:
-        ranks = np.ones(groups.count) if groups.kind == "mlp" else np.arange(1, groups.count + 1)
-        shape = (len(groups.layers), groups.rows, groups.count)
+        ranks = np.ones(groups.number) if groups.kind == "mlp" else np.arange(1, groups.number + 1)
+        shape = (len(groups.layers), groups.rows, groups.number)
         values.append(np.broadcast_to(each.get(groups.kind, 1.0) * ranks, shape).astype(np.float32))
     return Importance(tuple(values), {})
 

@@ -17,7 +17,7 @@ def sizes(model):
 def test_counts_by_hand_qwen2_with_biases():
     groups = layout(tiny_model("qwen2"))
     heads, mlp = groups.groups
-    assert (groups.num_layers, groups.heads, heads.count, mlp.count) == (3, (6, 3, 8), 3, 40)
+    assert (groups.num_layers, groups.heads, heads.number, mlp.number) == (3, (6, 3, 8), 3, 40)
     # 16 query, 8 key, 8 value rows of 48 with a bias each, 16 columns of 48; gate and up rows, down column.
     assert heads.params == 32 * 49 + 16 * 48
     assert mlp.params == 3 * 48
@@ -37,7 +37,7 @@ STAYS = {
 def test_groups_and_what_stays_make_up_the_block(family):
     model = tiny_model(family)
     found = layout(model)
-    assert sum(3 * groups.count * groups.params for groups in found.groups) + 3 * STAYS.get(family, 96) == found.block_params
+    assert sum(3 * groups.number * groups.params for groups in found.groups) + 3 * STAYS.get(family, 96) == found.block_params
     assert found.model_params == model.num_parameters()
 
 
@@ -45,14 +45,14 @@ def test_groups_and_what_stays_make_up_the_block(family):
 def test_experts_hold_their_channels(family):
     found = sizes(tiny_model(family))
     channels, experts = found["mlp", True], found["experts", False]
-    assert (channels.rows, channels.count) == (4, 40 if family == "mixtral" else 20)
+    assert (channels.rows, channels.number) == (4, 40 if family == "mixtral" else 20)
     assert channels.params == 3 * 48
     assert channels.allowed == ((8, 16, 24, 32, 40) if family == "mixtral" else (8, 16, 20))
-    assert (experts.count, experts.params) == (4, channels.count * channels.params + 48)  # a row of the router
+    assert (experts.number, experts.params) == (4, channels.number * channels.params + 48)  # a row of the router
     assert experts.allowed == (2, 3, 4)  # a token uses two
     assert channels.layers == experts.layers == ((0, 1, 2) if family == "mixtral" else (0, 1))
     if family == "qwen3_moe":
-        assert (found["mlp", False].layers, found["mlp", False].count) == ((2,), 40)
+        assert (found["mlp", False].layers, found["mlp", False].number) == ((2,), 40)
     assert found["heads", False].layers == (0, 1, 2)
 
 
@@ -60,7 +60,7 @@ def test_experts_hold_their_channels(family):
 def test_settings_of_the_whole_model_are_its_own(family):
     model = tiny_model(family)
     found = layout(model)
-    for name, value in settings_of(found, [groups.count for groups in found.groups]).items():
+    for name, value in settings_of(found, [groups.number for groups in found.groups]).items():
         assert getattr(model.config, name, 8) == value  # Phi-3 has no head_dim
 
 
@@ -70,7 +70,7 @@ def test_multi_query_heads_share_key_and_value():
         found = layout(model)
         heads = found.groups[0]
         # Eight rows and columns of 48 a query head; the key and value head is of no group.
-        assert (heads.count, heads.params) == (6, 2 * 8 * 48)
+        assert (heads.number, heads.params) == (6, 2 * 8 * 48)
         settings = settings_of(found, [5, 40])
         assert (settings["num_attention_heads"], settings["num_key_value_heads"], settings["head_dim"]) == (5, 1, 8)
 

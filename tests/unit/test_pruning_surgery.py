@@ -52,8 +52,8 @@ def test_logits_equal_those_of_the_masked_dense_model(family, counts):
     assert_same(student, model, kept)
     for before, after in zip(layout(model).groups, layout(student).groups, strict=True):
         # What is left of a single key/value head are its two query heads.
-        left = counts.get(before.kind, before.count)
-        assert after.count == (2 if before.kind == "heads" and left == 1 else left)
+        left = counts.get(before.kind, before.number)
+        assert after.number == (2 if before.kind == "heads" and left == 1 else left)
 
 
 @pytest.mark.parametrize("tied", [True, False])
