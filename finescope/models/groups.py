@@ -111,8 +111,8 @@ def kinds_of(layout: Layout, structure: Literal["auto"] | tuple[Kind, ...]) -> t
     Raises:
         RecipeError: a kind is named of which nothing can be removed, or none is.
     """
-    able = tuple(kind for kind in KINDS if kind not in layout.refused)
-    named: tuple[Kind, ...] = able if isinstance(structure, str) else structure
+    able: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in layout.refused)
+    named = able if isinstance(structure, str) else structure
     if not named:
         raise RecipeError(f"prune.structure is empty: expected auto or a list of {', '.join(able)}")
     for kind in named:

@@ -24,8 +24,9 @@ def compensate(
 ) -> list[Refit]:
     """Re-fit `student` in place, block by block: the down maps always, the attention's output map where there are fewer heads.
 
-    In memory at a time, for all calibration tokens: three hidden states and the inputs of one map. Padding and position 0
-    (the attention sink, whose norm would outweigh all others) are left out of the fit. `progress` sums to the tokens once.
+    In memory at a time, for all calibration tokens: three hidden states, and the inputs of one map or, of experts, three hidden
+    states more. Padding and position 0 (the attention sink, whose norm would outweigh all others) are left out of the fit.
+    `progress` sums to the tokens once.
 
     Raises:
         StepFailed: no document has two tokens, or activations or weights are not finite.
