@@ -140,6 +140,15 @@ def test_compensation_can_be_left_out():
     assert differing == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
+def test_in_bfloat16(family):
+    model = tiny_model(family, dtype=torch.bfloat16)
+    batches = batches_of(((20,) * 8,) * 2)
+    result = prune_model(model, anatomy_of(model), section(), batches, no_progress)
+    assert result.student.dtype == torch.bfloat16
+    assert all(refit["error_after"] < refit["error_before"] for refit in result.summary["refits"])
+
+
 def test_unreachable_ratio_is_a_recipe_error():
     model = tiny_model("llama")
     with pytest.raises(RecipeError, match="largest reachable ratio"):
