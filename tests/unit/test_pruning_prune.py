@@ -144,7 +144,7 @@ def test_compensation_can_be_left_out():
 def test_in_bfloat16(family):
     model = tiny_model(family, dtype=torch.bfloat16)
     batches = batches_of(((20,) * 8,) * 2)
-    result = prune_model(model, anatomy_of(model), section(), batches, no_progress)
+    result = prune_model(model, anatomy_of(model), section(ratio=0.2), batches, no_progress)
     assert result.student.dtype == torch.bfloat16
     assert all(refit["error_after"] < refit["error_before"] for refit in result.summary["refits"])
 
