@@ -30,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("embed", "poling", "max", ("embed.poling: unknown key", "did you mean 'pooling'")),
         ("sae", "k", "many", ("sae.k: ", "valid integer", "'many'")),
         ("prune", "ratio", 1.5, ("prune.ratio: ", "less than 1", "1.5")),
-        ("score", "weighting", "tfidf", ("score.weighting: ", "'none', 'idf', 'centred' or 'contrast'", "'tfidf'")),
+        ("score", "weighting", "tfidf", ("score.weighting: ", "'none', 'idf', 'centred', 'decoded' or 'contrast'", "'tfidf'")),
     ],
 )
 def test_a_recipe_that_is_wrong(

@@ -40,7 +40,7 @@ def test_the_example_is_the_defaults():
 def test_every_section_and_every_choice_is_explained():
     lines = example_recipe().splitlines()
     weighting = next(line for line in lines if line.strip().startswith("weighting:"))
-    assert weighting.endswith("# none | idf | centred | contrast; none is the paper's")
+    assert weighting.endswith("# none | idf | centred | decoded | contrast; what is compared; none is the paper's")
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             assert lines[lines.index(f"{name}:") - 1].startswith("# ")
