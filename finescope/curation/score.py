@@ -32,7 +32,7 @@ Weighting = Literal["none", "idf", "centred", "decoded", "contrast"]
 TOP_LATENTS = 8
 # Roots of codes have unit norm in float32: a difference of two below it is rounding.
 _ROUNDING = 1e-6
-# Of `balanced`, beside cosines of seeds of at most 1. Of 0.02 to 1 the ranking hardly differs (docs/benchmarks.md).
+# Of `balanced`, beside cosines of seeds of at most 1. Of 0.02 to 0.2 the ranking hardly differs (docs/benchmarks.md).
 _SEED_RIDGE = 0.1
 # Documents at a time, times seeds: with 128 latents each some 100 MB of intermediate values, however large a shard is.
 _ROWS_TIMES_SEEDS = 40_960
