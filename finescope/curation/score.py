@@ -130,7 +130,7 @@ class Scorer:
         return shares.with_values(np.sqrt(shares.values))
 
     def _vectors(self, codes: Codes) -> np.ndarray:
-        """What is compared, dense, for few codes; float64 [N, num_latents]."""
+        """Weighted codes less the mean, dense, for few of them; float64 [N, num_latents]."""
         dense = self._transform(codes).dense().astype(np.float64)
         if self._mean is not None:
             dense -= self._mean
@@ -197,10 +197,10 @@ def balanced(seeds: np.ndarray) -> np.ndarray:
     are like it (ridge regression in its dual form).
 
     Args:
-        seeds: float64 [S, num_latents], rows of at most unit length.
+        seeds: float64 [S, D], rows of at most unit length; D latents, or coordinates where codes are decoded.
 
     Returns:
-        w, float64 [num_latents].
+        w, float64 [D].
     """
     likeness = seeds @ seeds.T + _SEED_RIDGE * np.eye(len(seeds))
     return np.linalg.solve(likeness, np.ones(len(seeds))) @ seeds
