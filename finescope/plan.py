@@ -9,10 +9,10 @@ import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from finescope import steps, storage
 from finescope.config import Recipe
@@ -27,6 +27,9 @@ from finescope.models.load import load_meta_model
 from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
 from finescope.pipeline import placed, steps_of
+from finescope.processes import available_memory
+from finescope.pruning.cost import prune_cost
+from finescope.stages.prune import BATCH_TOKENS
 from finescope.steps import Step
 
 # Bytes of text a token, for estimates before anything is tokenised.
@@ -75,12 +78,14 @@ def costs(recipe: Recipe) -> list[Cost]:
     plan = steps_of(recipe)
     corpus = _corpus(recipe, steps.finished(plan["index"], output))
     source = resolve_model(recipe.model)
-    model = size_of(load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code), recipe.model.dtype)
+    meta = load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code)
+    model = size_of(meta, recipe.model.dtype)
     copied = model.weight_bytes if source.kind == "gguf" else 0
     found = [
         Cost("index", corpus.documents, 0, 0.0, _PROCESS, 0),
         Cost("model", 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
         *_dictionary_costs(recipe, corpus, model, _passing(recipe, corpus, plan.get("screen"))),
+        _prune_cost(recipe, corpus, model, meta),
         *_model_costs(recipe, corpus, model),
     ]
     of_step = {cost.step: cost for cost in found}
@@ -126,25 +131,6 @@ def _check_disk(output: str, left: list[Cost]) -> None:
         place, needed, free = f"TMPDIR: '{temporary}'", scratch, storage.free_bytes(temporary)
     if free is not None and needed > free:
         raise ResourceError(f"{place} has {_gb(free)} free; the plan needs about {_gb(needed)} (`finescope plan`)")
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that a new process could take on this machine; None where the system does not tell.
-
-    Of a container's use the file cache that the kernel would drop first is not counted: a run that has just read its
-    corpus would fill the container with it.
-    """
-    found = []
-    information = root / "proc/meminfo"
-    if information.exists():
-        lines = dict(line.split(":", 1) for line in information.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    group = root / "sys/fs/cgroup"
-    limit, used, details = group / "memory.max", group / "memory.current", group / "memory.stat"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        counts = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
-        found.append(int(limit.read_text()) - int(used.read_text()) + int(counts.get("inactive_file", 0)))
-    return min(found, default=None)
 
 
 def show(recipe: Recipe, as_json: bool) -> None:
@@ -234,12 +220,24 @@ def _curate_cost(recipe: Recipe, corpus: Corpus) -> Cost:
     return Cost("curate", curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes), scratch_bytes=int(read * row))
 
 
+def _prune_cost(recipe: Recipe, corpus: Corpus, model: Size, meta: PreTrainedModel) -> Cost:
+    """`prune`: one block of the model at a time."""
+    documents, longest = min(recipe.prune.documents, _curated(recipe, corpus)), corpus.tokens(recipe.prune.max_tokens)
+    tokens = documents * longest
+    cost = prune_cost(meta, recipe.prune, model.bytes_per_parameter, tokens, longest, BATCH_TOKENS)
+    student = int(model.weight_bytes * _kept(recipe, model))
+    return Cost("prune", documents, tokens, cost.flops, _PROCESS + cost.memory_bytes, student, scratch_bytes=cost.scratch_bytes)
+
+
+def _kept(recipe: Recipe, model: Size) -> float:
+    """The share of all parameters that the student has."""
+    return 1 - recipe.prune.ratio * model.block_parameters / model.num_parameters
+
+
 def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
-    """`prune`, `distill`, `evaluate`, `report`: what runs the whole model over few documents."""
-    prune, distill, evaluate = recipe.prune, recipe.distill, recipe.evaluate
-    curated = _curated(recipe, corpus)
-    calibrated = min(prune.documents, curated) * corpus.tokens(prune.max_tokens)
-    kept = 1 - prune.ratio * model.block_parameters / model.num_parameters
+    """`distill`, `evaluate`, `report`: what runs the whole model over few documents."""
+    distill, evaluate = recipe.distill, recipe.evaluate
+    curated, kept = _curated(recipe, corpus), _kept(recipe, model)
     student = int(model.weight_bytes * kept)
     rewritten = int(curated * distill.rewrite_share * distill.rewrite) * (
         min(distill.rewrite_tokens, corpus.tokens(distill.rewrite_tokens)) + corpus.tokens(distill.max_tokens)
@@ -250,18 +248,9 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     sets = 2 * evaluate.documents * corpus.tokens(evaluate.max_tokens) * (3 + distill.control)
     head = 12 * min(distill.micro_batch_tokens, 1024) * model.vocab_size
     full = model.num_parameters
-    prune_flops = calibrated * full * (6.0 if prune.method == "taylor" else 0.0) + calibrated * full * 4.0 * prune.compensate
     distill_flops = 2.0 * full * rewritten + operations * kept * full * trained
     students = student * (1 + distill.control)
     return [
-        Cost(
-            "prune",
-            min(prune.documents, curated),
-            calibrated,
-            prune_flops,
-            _PROCESS + 3 * model.weight_bytes,
-            student,
-        ),
         # Two checkpoints are kept; an adapter's are small beside the students.
         Cost(
             "distill",

@@ -30,11 +30,12 @@ def refit_experts(
     experts, name = _Experts(block.get_submodule(anatomy.experts)), f"{anatomy.blocks}.{layer}.{anatomy.experts}"
     calls: list[tuple[Tensor, ...]] = []
     targets: list[Tensor] = []
-    for index, call in enumerate(stream.calls[layer]):
-        stream.hidden[index], arguments = mlp_arguments(block, anatomy, stream.hidden[index], call)
+    for index, hidden, call in stream.at(layer):
+        middle, arguments = mlp_arguments(block, anatomy, hidden, call)
+        stream.hidden[index] = middle.cpu()
         calls.append(arguments)
-        here = chosen[index].to(arguments[0].device)
-        missing = dense[index].float() - stream.hidden[index].float()
+        here = chosen[index].to(stream.device)
+        missing = dense[index].to(stream.device).float() - middle.float()
         targets.append((missing * here[:, :, None]).flatten(end_dim=1))  # what is not chosen has neither target nor error
     masks = [mask.reshape(-1).to(target.device) for mask, target in zip(chosen, targets, strict=True)]
 
@@ -53,7 +54,7 @@ def refit_experts(
         experts.down.copy_(original)
     for index, arguments in enumerate(calls):
         hidden = stream.hidden[index]
-        stream.hidden[index] = hidden + experts.module(*arguments).reshape(hidden.shape)
+        stream.hidden[index] = hidden + experts.module(*arguments).reshape(hidden.shape).cpu()
     return Refit(name, before / scale, min(after, before) / scale, left_out)
 
 

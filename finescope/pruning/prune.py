@@ -1,6 +1,7 @@
-"""Prune a model for a domain: importance, allocation, surgery, compensation. Saving and verifying are the caller's."""
+"""Prune a model for a domain, one block in memory at a time: importance, allocation, then surgery and compensation by block."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,45 +9,63 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from finescope.config import PruneSection
-from finescope.models.anatomy import Anatomy
+from finescope.models.blocks import Blocks
 from finescope.models.groups import Layout, layout_of
 from finescope.pruning.allocation import choose
-from finescope.pruning.compensation import compensate
 from finescope.pruning.groups import Kept
-from finescope.pruning.importance import Batch, Importance, Progress, magnitude_importance, random_importance, taylor_importance
+from finescope.pruning.hidden import hidden_states
+from finescope.pruning.importance import Importance, magnitude_importance, random_importance
+from finescope.pruning.measured import Clock
+from finescope.pruning.probe import Case
 from finescope.pruning.ridge import Refit
-from finescope.pruning.surgery import cut
+from finescope.pruning.stream import Batch, Progress
+from finescope.pruning.student import build_student
+from finescope.pruning.surgery import Surgery
+from finescope.pruning.taylor import taylor_importance
 from finescope.schemas import IMPORTANCE, conform
+
+
+class Places(NamedTuple):
+    """Where pruning writes."""
+
+    spill_to: Path | None  # a directory for hidden states at block boundaries; None: they stay in memory
+    student: Path | None  # the student's directory, not made yet; None: it stays in memory
 
 
 class PruneResult(NamedTuple):
     """A pruned model and how it came about."""
 
-    student: PreTrainedModel  # a new stock model in eval mode
+    student: PreTrainedModel  # a stock model in eval mode; where it was written the weights of its blocks are gone from memory
     importance: pa.Table  # schemas.IMPORTANCE: one row a group; layer is 1-based as in `sae.layer`, group_index 0-based
     summary: dict[str, Any]  # plain JSON: parameters, ratio reached, sizes kept, calibration, error of each re-fit
+    cases: list[Case]  # what the student computes
 
 
 def prune_model(
-    model: PreTrainedModel, anatomy: Anatomy, section: PruneSection, batches: Sequence[Batch], progress: Progress
+    source: Blocks, section: PruneSection, batches: Sequence[Batch], places: Places, clock: Clock, progress: Progress
 ) -> PruneResult:
-    """Remove about `section.ratio` of the block parameters of `model`, chosen and compensated on `batches`.
+    """Remove about `section.ratio` of the block parameters of a model, chosen and compensated on `batches`.
 
-    The model is in eval mode; it is not changed. The batches are the calibration set: (input_ids, attention_mask), int64
-    [documents, tokens], padded on the right. `progress` is called with tokens, `planned_tokens` in all.
+    The model is not changed. The batches are the calibration set: (input_ids, attention_mask), int64 [documents, tokens], padded
+    on the right. `progress` is called with tokens, `planned_tokens` in all.
 
     Raises:
         RecipeError: the ratio cannot be reached, or the model cannot lose what `section.structure` names.
         ModelError: the model's class is not a stock one.
         StepFailed: the calibration set is empty or something is not finite.
     """
-    assert not model.training
-    layout = layout_of(model, anatomy)
-    importance = _importance(model, anatomy, layout, section, batches, progress)
-    kept = choose(importance, layout, section.ratio, section.structure, section.round_to)
-    student = cut(model, anatomy, layout, kept)
-    refits = compensate(model, student, anatomy, batches, progress) if _refits(section) else []
-    after = layout_of(student, anatomy)
+    assert not source.model.training
+    layout = layout_of(source.model, source.anatomy)
+    with clock.part("importance"):
+        importance = _importance(source, layout, section, batches, places.spill_to, progress)
+    with clock.part("selection"):
+        kept = choose(importance, layout, section.ratio, section.structure, section.round_to)
+    with clock.part("compensation"):
+        surgery = Surgery(source.model, source.anatomy, layout, kept)
+        fitted_on = batches if _refits(section) else ()
+        refits, cases = build_student(source, surgery, fitted_on, places.student, clock, progress)
+    student = surgery.student
+    after = layout_of(student, source.anatomy)
     summary = {
         "parameters_before": layout.model_params,
         "parameters_after": after.model_params,
@@ -63,7 +82,7 @@ def prune_model(
         **_experts(importance, refits),
         "refits": [refit._asdict() for refit in refits],
     }
-    return PruneResult(student, importance_table(importance, layout, kept), summary)
+    return PruneResult(student, importance_table(importance, layout, kept), summary, cases)
 
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
@@ -97,13 +116,19 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.T
 
 
 def _importance(
-    model: PreTrainedModel, anatomy: Anatomy, layout: Layout, section: PruneSection, batches: Sequence[Batch], progress: Progress
+    source: Blocks,
+    layout: Layout,
+    section: PruneSection,
+    batches: Sequence[Batch],
+    spill_to: Path | None,
+    progress: Progress,
 ) -> Importance:
     match section.method:
         case "taylor":
-            return taylor_importance(model, anatomy, layout, batches, progress)
+            with hidden_states(spill_to) as boundaries:
+                return taylor_importance(source, layout, batches, boundaries, progress)
         case "magnitude":
-            return magnitude_importance(model, anatomy, layout)
+            return magnitude_importance(source, layout)
         case "random":
             return random_importance(layout, section.seed)
 

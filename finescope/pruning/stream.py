@@ -1,6 +1,6 @@
 """The residual stream block by block: the calibration set's hidden states, one block's at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finescope.models.anatomy import Anatomy, blocks_of, has_experts
-from finescope.pruning.importance import Batch
+
+Batch = tuple[Tensor, Tensor]  # input_ids, attention_mask: int64 [documents, tokens], padded on the right
+Progress = Callable[[int], None]  # takes the tokens (padding not counted) done since the last call
 
 
 class Call(NamedTuple):
@@ -22,8 +24,27 @@ class Call(NamedTuple):
 class Stream(NamedTuple):
     """The hidden states before some block, and what each block must be called with."""
 
-    hidden: list[Tensor]  # a batch: [documents, tokens, d_model]; the caller replaces it block by block
+    hidden: list[Tensor]  # a batch: [documents, tokens, d_model], on the CPU; the caller replaces it block by block
     calls: list[list[Call]]  # a layer, a batch
+    device: torch.device  # where the blocks run
+
+    def at(self, layer: int) -> Iterator[tuple[int, Tensor, Call]]:
+        """By batch: its number, its hidden states on the device, and what block `layer` is called with beside them."""
+        for index, call in enumerate(self.calls[layer]):
+            yield index, self.hidden[index].to(self.device), call
+
+
+class Portions:
+    """Tells `progress` of work in equal parts, so that it sums to `num_tokens`."""
+
+    def __init__(self, num_tokens: int, parts: int, progress: Progress) -> None:
+        self._tokens, self._parts, self._progress, self._done = num_tokens, parts, progress, 0
+
+    def done(self, parts: int) -> None:
+        """So many parts more are done."""
+        before, self._done = self._done, self._done + parts
+        if told := self._tokens * self._done // self._parts - self._tokens * before // self._parts:
+            self._progress(told)
 
 
 class _Reached(Exception):
@@ -35,16 +56,16 @@ def open_stream(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batc
     """The stream before the first block, and every block's arguments, as the model itself makes them.
 
     The model's own forward pass runs with blocks that only note their arguments, so that masks and rotary positions are the
-    model's whatever its family. Masks of equal layers are one tensor.
+    model's whatever its family. So the blocks' weights may be on the meta device. Masks of equal layers are one tensor.
     """
     blocks = blocks_of(model, anatomy)
-    stream = Stream([], [[] for _ in blocks])
+    stream = Stream([], [[] for _ in blocks], model.device)
     assert not model.training
 
     def note(layer: int) -> Any:
         def forward(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
             if layer == 0:
-                stream.hidden.append(hidden)
+                stream.hidden.append(hidden.cpu())
             stream.calls[layer].append(Call(positional, named))
             return hidden
 
@@ -59,6 +80,13 @@ def open_stream(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batc
         for block in blocks:
             del block.forward
     return stream
+
+
+@torch.no_grad()
+def advance(block: nn.Module, stream: Stream, layer: int) -> None:
+    """Move a stream past a block."""
+    for index, hidden, call in stream.at(layer):
+        stream.hidden[index] = block(hidden, *call.positional, **call.named).cpu()
 
 
 @torch.no_grad()
