@@ -90,8 +90,8 @@ def prune_cost(
         importance_bytes=skeleton + (hidden + boundaries * (not spilled) + _backward_bytes(sizes, size)) * taylor,
         student_bytes=max(student + _refit_bytes(sizes, hidden, size) * _refits(section), student + sizes.rest * size),
         scratch_bytes=boundaries * spilled,
-        # Forward; forward again and backward; the head forward and backward.
-        importance_flops=(4 * blocks + 3 * head) * taylor,
+        # Forward; forward again and backward; the head forward and, as its weight gets no gradient, half of backward.
+        importance_flops=(4 * blocks + 2 * head) * taylor,
         student_flops=(blocks * (1 + 2 * kept) + _refit_flops(sizes, layout.num_layers)) * _refits(section),
         pass_flops=3 * (blocks + head),
     )

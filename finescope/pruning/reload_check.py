@@ -2,8 +2,8 @@
 
 Standard input: an .npz with `directory`, `device`, `memory` (bytes of this machine that the weights may take; what is beyond
 stays on disk; negative: no limit), and for each number n of a case `input_ids_n` and `attention_mask_n`, int64 [documents,
-tokens], and `logits_n`, float32 [documents, last tokens, vocabulary]. The last line of standard output: JSON with the differences,
-the keys that do not fit and the generated tokens.
+tokens], and `logits_n`, float32 [documents, last tokens, vocabulary]. The last line of standard output: JSON with the
+differences, the keys that do not fit and the generated tokens.
 """
 
 import io

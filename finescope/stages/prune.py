@@ -36,7 +36,7 @@ BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class _Job:
+class PruneJob:
     """What the machine that prunes is sent."""
 
     model: ModelReference
@@ -60,10 +60,11 @@ def prune(context: Context, corpus: CorpusSection, section: PruneSection, step: 
     tokens = tuple(tokenise(load_tokenizer(model), texts, section.max_tokens))
     cost = _cost(model, section, tokens)
     context.reporter.note(_told(cost))
-    job = _Job(model, step["model"].facts["source"], section, tokens, student_uri, cost.spills)
+    job = PruneJob(model, step["model"].facts["source"], section, tokens, student_uri, cost.spills)
     planned = planned_tokens(section, sum(len(item) for item in tokens))
     with context.reporter.task("prune", planned, "tokens") as progress:
-        importance, summary = context.runner.call(_prune, (job,), progress, Resources(PROCESS_BYTES + cost.memory_bytes))
+        resources = Resources(PROCESS_BYTES + cost.memory_bytes)
+        importance, summary = context.runner.call(prune_calibrated, (job,), progress, resources)
     tables = {"importance": write_table(step.uri, "importance", importance)}
     reference = reference_of(student_uri, model, step.identity)
     facts = {"reference": reference.model_dump(mode="json"), **summary, "estimate": asdict(cost)}
@@ -95,7 +96,12 @@ def _told(cost: PruneCost) -> str:
     )
 
 
-def _prune(job: _Job, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+def prune_calibrated(job: PruneJob, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+    """Prune, write, prove: the table `importance` and the facts. `progress` sums to `planned_tokens`.
+
+    Raises:
+        RecipeError, StepFailed: as `prune`.
+    """
     device, clock = default_device(), Clock()
     with directories.scratch_directory(job.uri) as local, ExitStack() as opened:
         with clock.part("load"):
