@@ -15,7 +15,7 @@ from finescope.errors import StepFailed
 from finescope.models.anatomy import Anatomy, has_experts, input_width, linear_map
 from finescope.pruning.experts import refit_experts
 from finescope.pruning.ridge import Moments, OutputMap, Refit
-from finescope.pruning.stream import Batch, Stream, attention_inputs, block_pass, mlp_arguments, open_stream
+from finescope.pruning.stream import Batch, Stream, attention_inputs, block_pass, fitted_tokens, mlp_arguments, open_stream
 
 
 class Compensation:
@@ -31,7 +31,7 @@ class Compensation:
         Raises:
             StepFailed: no document has two tokens.
         """
-        self._anatomy, self._chosen = anatomy, [_chosen(mask) for _, mask in batches]
+        self._anatomy, self._chosen = anatomy, fitted_tokens(batches)
         if not sum(int(mask.sum()) for mask in self._chosen):
             raise StepFailed("compensation: no calibration document has two tokens")
         self._dense, self._pruned = open_stream(model, anatomy, batches), open_stream(student, anatomy, batches)
@@ -129,11 +129,3 @@ def _refit(output: OutputMap, tokens: Tokens, name: str) -> Refit:
 
 def _heads_width(block: nn.Module, anatomy: Anatomy) -> int:
     return input_width(linear_map(block, anatomy.output))
-
-
-def _chosen(mask: Tensor) -> Tensor:
-    """Tokens of the fit: neither padding nor position 0; int64 to bool, [documents, tokens]."""
-    assert bool((mask[:, :1] == 1).all()), "documents are padded on the right and hold a token"
-    chosen = mask.bool().clone()
-    chosen[:, 0] = False
-    return chosen

@@ -77,7 +77,8 @@ def prune_cost(
     """
     layout, size = layout_of(model, anatomy_of(model)), bytes_per_parameter
     sizes = _sizes(model, layout, section, tokens, longest, batch_tokens)
-    kept, taylor = 1 - section.ratio, section.method == "taylor"
+    kept, taylor = 1 - section.ratio, section.method in ("taylor", "taylor_second")
+    forward = section.method in ("activation", "wifv")
     hidden = tokens * sizes.d_model * size
     boundaries = layout.num_layers * hidden * taylor
     spilled = boundaries > HELD_BYTES
@@ -87,11 +88,13 @@ def prune_cost(
     head, blocks = 2.0 * tokens * sizes.d_model * sizes.vocabulary, 2.0 * tokens * layout.block_params
     return PruneCost(
         load_bytes=skeleton + sizes.rest * size // 2,
-        importance_bytes=skeleton + (hidden + boundaries * (not spilled) + _backward_bytes(sizes, size)) * taylor,
+        importance_bytes=skeleton
+        + (hidden + boundaries * (not spilled) + _backward_bytes(sizes, size)) * taylor
+        + (hidden + _activation_bytes(sizes, size) + 24 * sizes.batch * sizes.wide) * forward,
         student_bytes=max(student + _refit_bytes(sizes, hidden, size) * _refits(section), student + sizes.rest * size),
         scratch_bytes=boundaries * spilled,
         # Forward; forward again and backward; the head forward and, as its weight gets no gradient, half of backward.
-        importance_flops=(4 * blocks + 2 * head) * taylor,
+        importance_flops=(4 * blocks + 2 * head) * taylor + blocks * forward,
         student_flops=(blocks * (1 + 2 * kept) + _refit_flops(sizes, layout.num_layers)) * _refits(section),
         pass_flops=3 * (blocks + head),
     )

@@ -27,7 +27,7 @@ def refit_experts(
     """
     assert anatomy.experts is not None
     assert anatomy.mlp_norm is None
-    experts, name = _Experts(block.get_submodule(anatomy.experts)), f"{anatomy.blocks}.{layer}.{anatomy.experts}"
+    experts, name = Experts(block.get_submodule(anatomy.experts)), f"{anatomy.blocks}.{layer}.{anatomy.experts}"
     calls: list[tuple[Tensor, ...]] = []
     targets: list[Tensor] = []
     for index, hidden, call in stream.at(layer):
@@ -58,7 +58,7 @@ def refit_experts(
     return Refit(name, before / scale, min(after, before) / scale, left_out)
 
 
-class _Experts:
+class Experts:
     """The experts of a block: gate_up_proj [experts, 2 * channels, d_model], down_proj [experts, d_model, channels]."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -78,15 +78,15 @@ class _Experts:
         ):
             return False
         moments = Moments(channels, outputs, self.down.device)
-        for index, tokens, inputs in self._inputs(expert, calls, masks):
+        for index, tokens, inputs in self.inputs(expert, calls, masks):
             moments.add(inputs, residual[index][tokens])
         change = moments.change(name)
         self.down[expert].copy_(self.down[expert].double() + change.T)
-        for index, tokens, inputs in self._inputs(expert, calls, masks):
+        for index, tokens, inputs in self.inputs(expert, calls, masks):
             residual[index][tokens] -= inputs @ change.float()
         return True
 
-    def _inputs(self, expert: int, calls: list[tuple[Tensor, ...]], masks: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def inputs(self, expert: int, calls: list[tuple[Tensor, ...]], masks: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """By batch: the tokens that are sent to an expert, and the inputs of its down map, times the expert's weight there."""
         for index, ((hidden, chosen, weights), mask) in enumerate(zip(calls, masks, strict=True)):
             tokens, slots = torch.nonzero((chosen == expert) & mask[:, None], as_tuple=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from finescope.config import PruneSection
 from finescope.models.blocks import Blocks
 from finescope.models.groups import Layout, layout_of
+from finescope.pruning.activation import activation_importance
 from finescope.pruning.allocation import choose
 from finescope.pruning.groups import Kept
 from finescope.pruning.hidden import hidden_states
@@ -86,8 +87,8 @@ def prune_model(
 
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
-    """What `progress` sums to: the calibration tokens once for Taylor importance and once for compensation."""
-    return num_tokens * ((section.method == "taylor") + _refits(section))
+    """What `progress` sums to: the calibration tokens once for an importance that runs them and once for compensation."""
+    return num_tokens * ((section.method not in ("magnitude", "random")) + _refits(section))
 
 
 def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.Table:
@@ -124,9 +125,12 @@ def _importance(
     progress: Progress,
 ) -> Importance:
     match section.method:
-        case "taylor":
+        case "taylor" | "taylor_second":
+            order = 1 if section.method == "taylor" else 2
             with hidden_states(spill_to) as boundaries:
-                return taylor_importance(source, layout, batches, boundaries, progress)
+                return taylor_importance(source, layout, order, batches, boundaries, progress)
+        case "activation" | "wifv":
+            return activation_importance(source, layout, section.method, batches, progress)
         case "magnitude":
             return magnitude_importance(source, layout)
         case "random":

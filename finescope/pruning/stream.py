@@ -101,6 +101,34 @@ def block_pass(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -
 
 
 @torch.no_grad()
+def output_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Run a block: the input of the attention's output map, what the down map or the experts are called with, the stream after.
+
+    The shapes are those of `attention_inputs` and `mlp_arguments`.
+    """
+    caught: dict[str, tuple[Tensor, ...]] = {}
+    reached = _writer(block, anatomy)
+    note = lambda name: lambda _, arguments: caught.__setitem__(name, arguments)  # noqa: E731
+    handles = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in (anatomy.output, reached)]
+    try:
+        after = block(hidden, *call.positional, **call.named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught[anatomy.output][0], caught[reached], after
+
+
+def fitted_tokens(batches: Sequence[Batch]) -> list[Tensor]:
+    """The tokens that say what a block does: neither padding nor position 0; bool [documents, tokens] a batch."""
+    chosen = []
+    for _, mask in batches:
+        assert bool((mask[:, :1] == 1).all()), "documents are padded on the right and hold a token"
+        chosen.append(mask.bool().clone())
+        chosen[-1][:, 0] = False
+    return chosen
+
+
+@torch.no_grad()
 def attention_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> Tensor:
     """Run a block up to the attention's output map: that map's input, [documents, tokens, query heads * head_dim]."""
     return _arguments(block, anatomy.output, hidden, call)[0]
@@ -114,11 +142,16 @@ def mlp_arguments(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call
     [documents, tokens, channels]; the experts with hidden states [documents * tokens, d_model], for each the experts chosen,
     int64 [documents * tokens, experts a token], and their weights, of the same shape.
     """
+    with _attention(block, anatomy) as attention:
+        arguments = _arguments(block, _writer(block, anatomy), hidden, call)
+    return hidden + attention[0], arguments
+
+
+def _writer(block: nn.Module, anatomy: Anatomy) -> str:
+    """The module of a block's MLP that writes into the stream."""
     reached = anatomy.experts if has_experts(block, anatomy) else anatomy.down
     assert reached is not None
-    with _attention(block, anatomy) as attention:
-        arguments = _arguments(block, reached, hidden, call)
-    return hidden + attention[0], arguments
+    return reached
 
 
 @contextmanager

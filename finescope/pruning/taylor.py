@@ -1,8 +1,8 @@
-"""First-order Taylor importance (LLM-Pruner, arXiv 2305.11627), with one block in memory at a time."""
+"""Taylor importance of first and second order (LLM-Pruner, arXiv 2305.11627), with one block in memory at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,20 @@ from finescope.pruning.hidden import HiddenStates
 from finescope.pruning.importance import Importance, group_sums, importance_of, scored
 from finescope.pruning.stream import Batch, Call, Portions, Progress, open_stream
 
+Order = Literal[1, 2]
+
 LOGIT_ROWS = 512  # tokens whose logits are in memory at a time: [512, vocabulary] float32
 
 
 def taylor_importance(
-    source: Blocks, layout: Layout, batches: Sequence[Batch], boundaries: HiddenStates, progress: Progress
+    source: Blocks, layout: Layout, order: Order, batches: Sequence[Batch], boundaries: HiddenStates, progress: Progress
 ) -> Importance:
-    """Element-wise first-order Taylor importance, in nats a token: sum over the group's parameters of |w * dL/dw|.
+    """Element-wise Taylor importance, in nats a token, summed over the group's parameters.
 
-    LLM-Pruner (arXiv 2305.11627, section 3.2, element-wise, first order) takes the gradient of the whole calibration set.
+    First order: |w * dL/dw|. Second: w^2 F / 2, F the diagonal of the Fisher information of a token, which a batch of n tokens
+    whose mean gradient is g estimates as n g^2 (LLM-Pruner's equation 5 without its first term).
+
+    LLM-Pruner (arXiv 2305.11627, section 3.2, element-wise) takes the gradient of the whole calibration set.
     Here the absolute value is taken batch by batch and summed, weighted by the tokens of the batch: sum over batches of
     sum |w * g_batch|. So no gradient outlives its batch and, within the batch, each weight's gradient is reduced to its groups'
     sums and freed as soon as it is complete. Smaller batches cancel less: how documents are batched belongs to the result.
@@ -56,7 +61,7 @@ def taylor_importance(
         portions.done(1)
     for index, (ids, mask) in enumerate(batches):
         stream.hidden[index] = _loss_gradient(model, anatomy, stream.hidden[index], ids, mask).cpu()
-    sums = _Sums(layout, model.device)
+    sums = _Sums(layout, order, model.device)
     for layer in reversed(range(layout.num_layers)):
         with source.block(layer) as block, _gradients_of_groups(block, anatomy, layout, layer, sums):
             for index, gradient, call in stream.at(layer):
@@ -71,8 +76,8 @@ def taylor_importance(
 class _Sums:
     """What a pass adds up, for each of `Layout.groups`: float64 [its layers, rows, number]."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.totals = group_sums(layout, device)
+    def __init__(self, layout: Layout, order: Order, device: torch.device) -> None:
+        self.totals, self._order = group_sums(layout, device), order
         self.expert_tokens: dict[int, Tensor] = {}
 
     def begin(self, mask: Tensor) -> None:
@@ -88,11 +93,12 @@ class _Sums:
 
     @torch.no_grad()
     def reduce(self, parameter: nn.Parameter, places: list[Place]) -> None:
-        """Take in |w * dL/dw| of one parameter and free its gradient."""
+        """Take in what one parameter's gradient says of it, and free the gradient."""
         assert parameter.grad is not None
         # What a kernel leaves as the gradient of an expert without tokens is not read.
         for stretch in stretches(places, self._experts):
-            product = parameter.grad[stretch].float().mul_(parameter[stretch]).abs_()
+            product = parameter.grad[stretch].float().mul_(parameter[stretch])
+            product = product.abs_() if self._order == 1 else product.square_().mul_(self.weight / 2)
             for place in places:
                 add_sums(self.totals[place.which][place.position], product, place, stretch, self.weight)
         parameter.grad = None

@@ -13,10 +13,10 @@ from finescope.pruning.taylor import taylor_importance
 BATCHES = batches_of(((9, 6, 2), (7, 1)))
 
 
-def taylor(model, batches, progress, spill_to=None):
+def taylor(model, batches, progress, spill_to=None, order=1):
     """Taylor importance of a model in memory; hidden states too, but for a directory that is given."""
     with hidden_states(spill_to) as boundaries:
-        return taylor_importance(in_memory(model), layout(model), batches, boundaries, progress)
+        return taylor_importance(in_memory(model), layout(model), order, batches, boundaries, progress)
 
 
 def by_block(model, products):
@@ -71,8 +71,8 @@ def naive_experts(values):
     return gate_up[:, :channels].sum(2) + gate_up[:, channels:].sum(2) + down.sum(1)
 
 
-def naive_taylor(model, batches):
-    """sum |w * g| of each group over all gradients at once, from the model's own loss."""
+def naive_taylor(model, batches, order=1):
+    """sum |w * g|, or (w * g)^2 * tokens / 2, of each group over all gradients at once, from the model's own loss."""
     sums, total = {}, 0
     for ids, mask in batches:
         labels = torch.where(mask.bool(), ids, -100)
@@ -80,10 +80,9 @@ def naive_taylor(model, batches):
         model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         tokens = int(mask[:, 1:].sum())
         blocks = blocks_of(model, anatomy_of(model))
-        found = by_block(
-            model,
-            [{n: (p.detach() * p.grad).abs().double() for n, p in b.named_parameters() if p.grad is not None} for b in blocks],
-        )
+        products = [{n: (p.detach() * p.grad).double() for n, p in b.named_parameters() if p.grad is not None} for b in blocks]
+        of_order = (lambda value: value.abs()) if order == 1 else (lambda value: value**2 * tokens / 2)
+        found = by_block(model, [{name: of_order(value) for name, value in block.items()} for block in products])
         for kind, layers in found.items():
             before = sums.get(kind, [0] * len(layers))
             sums[kind] = [None if now is None else old + tokens * now for old, now in zip(before, layers, strict=True)]
@@ -110,6 +109,14 @@ def test_streamed_taylor_equals_naive(family, changes, monkeypatch):
     assert_equals(found, expected, layout(model), 2e-4)
     assert sum(seen) == 25
     assert bool(found.expert_tokens) == (family in MIXTURES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_order_equals_naive(family):
+    model = tiny_model(family)
+    expected = naive_taylor(model, BATCHES, order=2)
+    model.zero_grad()
+    assert_equals(taylor(model, BATCHES, no_progress, order=2), expected, layout(model), 5e-4)
 
 
 def test_multi_query_heads_have_importance_of_their_own():
