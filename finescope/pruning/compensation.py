@@ -1,10 +1,11 @@
-"""Compensation: the kept output weights are re-fitted so that the pruned stream follows the dense one.
+"""Compensation: the kept weights are re-fitted so that the pruned stream follows the dense one.
 
 A relative of ZipLM (arXiv 2302.04089) and SlimGPT: ridge least squares, layer by layer, on activations of the prefix that is
-already pruned. The target corrects the residual: what is missing from the pruned stream to the dense model's.
+already pruned. The target of a map that writes into the stream corrects the residual: what is missing from the pruned stream to
+the dense model's. Maps that read the stream are turned to what they would have read (`readers.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,16 +13,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finescope.errors import StepFailed
-from finescope.models.anatomy import Anatomy, has_experts, input_width, linear_map
+from finescope.models.anatomy import Anatomy, has_experts
 from finescope.pruning.experts import refit_experts
+from finescope.pruning.readers import ReaderFit, attention_readers, mlp_readers
 from finescope.pruning.ridge import Moments, OutputMap, Refit
-from finescope.pruning.stream import Batch, Stream, attention_inputs, block_pass, fitted_tokens, mlp_arguments, open_stream
+from finescope.pruning.stream import (
+    Batch,
+    Stream,
+    fitted_tokens,
+    input_of,
+    mlp_arguments,
+    open_stream,
+    passage,
+)
 
 
 class Compensation:
-    """Re-fits a student's blocks from the first to the last: the down maps always, the output map where there are fewer heads.
+    """Re-fits a student's blocks from the first to the last, each along the way of a token: attention, then MLP.
 
-    In memory at a time, for all calibration tokens: three hidden states, and the inputs of one map or, of experts, three hidden
+    In memory at a time, for all calibration tokens: five hidden states, and the inputs of one map or, of experts, three hidden
     states more. Padding and position 0 (the attention sink, whose norm would outweigh all others) are left out of the fit.
     """
 
@@ -42,26 +52,41 @@ class Compensation:
         Raises:
             StepFailed: activations or weights are not finite.
         """
-        anatomy, chosen, refits = self._anatomy, self._chosen, list[Refit]()
-        fewer_heads = _heads_width(block, anatomy) > _heads_width(student_block, anatomy)
-        middle = _advance(block, anatomy, self._dense, layer, fewer_heads)
-        if fewer_heads:
-            refits.append(_refit_attention(student_block, anatomy, self._pruned, layer, middle, chosen))
+        anatomy, pruned, chosen = self._anatomy, self._pruned, self._chosen
+        attention_reads, between, mlp_reads = _advance(block, anatomy, self._dense, layer)
         refit_mlp = refit_experts if has_experts(student_block, anatomy) else _refit_mlp
-        refits.append(refit_mlp(student_block, anatomy, self._pruned, layer, self._dense.hidden, chosen))
-        return refits
+        return [
+            *self._refit_readers(layer, student_block, anatomy.qkv[0], attention_reads, attention_readers(student_block, anatomy)),
+            _refit_attention(student_block, anatomy, pruned, layer, between, chosen),
+            *self._refit_readers(layer, student_block, anatomy.mlp, mlp_reads, mlp_readers(student_block, anatomy)),
+            refit_mlp(student_block, anatomy, pruned, layer, self._dense.hidden, chosen),
+        ]
+
+    @torch.no_grad()
+    def _refit_readers(
+        self, layer: int, block: nn.Module, module: str, dense: list[Tensor], weights: Iterable[Tensor]
+    ) -> list[Refit]:
+        """Turn the weights that read the input of `module` towards what that is in the dense model."""
+        device = self._pruned.device
+        fit = ReaderFit(f"{self._anatomy.blocks}.{layer}.{module} reads", dense[0].shape[-1], device)
+        for index, hidden, call in self._pruned.at(layer):
+            here = self._chosen[index]
+            fit.add(input_of(module, block, hidden, call)[here.to(device)], dense[index][here].to(device))
+        return fit.apply(weights)
 
 
 @torch.no_grad()
-def _advance(block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int, keep_middle: bool) -> list[Tensor]:
-    """Move a stream past a block; the stream after the attention is returned where it is needed."""
-    middle: list[Tensor] = []
+def _advance(
+    block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Move the dense stream past a block. By batch: what its attention reads, the stream between, what its MLP reads."""
+    ways = []
     for index, hidden, call in stream.at(layer):
-        between, after = block_pass(block, anatomy, hidden, call)
-        stream.hidden[index] = after.cpu()
-        if keep_middle:
-            middle.append(between.cpu())
-    return middle
+        way = passage(block, anatomy, hidden, call)
+        stream.hidden[index] = way.after.cpu()
+        ways.append((way.attention_reads.cpu(), way.between.cpu(), way.mlp_reads.cpu()))
+    attention_reads, between, mlp_reads = map(list, zip(*ways, strict=True))
+    return attention_reads, between, mlp_reads
 
 
 @torch.no_grad()
@@ -69,7 +94,7 @@ def _refit_attention(
     block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int, dense: list[Tensor], chosen: list[Tensor]
 ) -> Refit:
     """Re-fit the output map towards the dense stream after the attention."""
-    inputs = [attention_inputs(block, anatomy, hidden, call).cpu() for _, hidden, call in stream.at(layer)]
+    inputs = [input_of(anatomy.output, block, hidden, call).cpu() for _, hidden, call in stream.at(layer)]
     output = OutputMap(block, anatomy.output, anatomy.attention_norm)
     return _refit(output, Tokens(inputs, stream.hidden, dense, chosen), f"{anatomy.blocks}.{layer}.{anatomy.output}")
 
@@ -126,6 +151,3 @@ def _refit(output: OutputMap, tokens: Tokens, name: str) -> Refit:
         output.weight.copy_(original)
     return Refit(name, before / (scale or 1.0), min(after, before) / (scale or 1.0))
 
-
-def _heads_width(block: nn.Module, anatomy: Anatomy) -> int:
-    return input_width(linear_map(block, anatomy.output))

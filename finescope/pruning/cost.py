@@ -145,16 +145,18 @@ def _backward_bytes(sizes: _Sizes, size: int) -> int:
 
 
 def _refit_bytes(sizes: _Sizes, hidden: int, size: int) -> int:
-    """Two streams and the one between; the inputs of a map; second moments, damped and factorised, in float64."""
+    """Two streams, three stations on the dense one's way; the inputs of a map; second moments, damped and factorised, in float64."""
     inputs = sizes.tokens * sizes.channels * size
     if sizes.mixture:
         inputs = max(inputs, sizes.tokens * sizes.d_model * (size + 12))
-    moments = 8 * (3 * sizes.channels**2 + 3 * sizes.channels * sizes.d_model)
-    weights = sizes.channels * sizes.d_model * (size + 16)
-    return 3 * hidden + inputs + moments + weights + _activation_bytes(sizes, size)
+    wide = max(sizes.channels, sizes.d_model)
+    moments = 8 * 3 * wide * (wide + sizes.d_model)
+    weights = max(wide * sizes.d_model, sizes.weight) * (size + 16)
+    return 5 * hidden + inputs + moments + weights + _activation_bytes(sizes, size)
 
 
 def _refit_flops(sizes: _Sizes, num_layers: int) -> float:
-    """Second moments, their factor, the solution, and the error before and after."""
+    """Second moments, their factor, the solution, and the error before and after: a map that writes, and two of what is read."""
     n, d = sizes.channels, sizes.d_model
-    return num_layers * (2.0 * sizes.tokens * n * (n + 3 * d) + n**3 / 3 + 2.0 * n * n * d)
+    readers = 2 * (4.0 * sizes.tokens * d * d + 7.0 * d**3 / 3) + 2.0 * sizes.block * d
+    return num_layers * (2.0 * sizes.tokens * n * (n + 3 * d) + n**3 / 3 + 2.0 * n * n * d + readers)

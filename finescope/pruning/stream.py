@@ -89,22 +89,41 @@ def advance(block: nn.Module, stream: Stream, layer: int) -> None:
         stream.hidden[index] = block(hidden, *call.positional, **call.named).cpu()
 
 
-@torch.no_grad()
-def block_pass(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Run a block: the stream after its attention and the stream after the block, both [documents, tokens, d_model].
+class Passage(NamedTuple):
+    """What a batch is on its way through a block, all [documents, tokens, d_model]."""
 
-    Where attention and MLP are side by side the first is the stream with the attention's output alone.
-    """
-    with _attention(block, anatomy) as attention:
-        after = block(hidden, *call.positional, **call.named)
-    return hidden + attention[0], after
+    attention_reads: Tensor  # the input of query, key and value
+    between: Tensor  # the stream after the attention; beside an MLP in parallel: the stream with the attention's output alone
+    mlp_reads: Tensor  # the input of the MLP
+    after: Tensor  # the stream after the block
+
+
+@torch.no_grad()
+def passage(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> Passage:
+    """Run a block and note what happens on the way."""
+    reads: list[Tensor] = []
+    note = lambda _, arguments: reads.append(arguments[0])  # noqa: E731
+    handles = [block.get_submodule(name).register_forward_pre_hook(note) for name in (anatomy.qkv[0], anatomy.mlp)]
+    try:
+        with _attention(block, anatomy) as attention:
+            after = block(hidden, *call.positional, **call.named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Passage(reads[0], hidden + attention[0], reads[1], after)
+
+
+@torch.no_grad()
+def input_of(module: str, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Run a block up to one of its modules: what that is given, [documents, tokens, in]."""
+    return _arguments(block, module, hidden, call)[0]
 
 
 @torch.no_grad()
 def output_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Run a block: the input of the attention's output map, what the down map or the experts are called with, the stream after.
 
-    The shapes are those of `attention_inputs` and `mlp_arguments`.
+    The first is [documents, tokens, query heads * head_dim], the second as in `mlp_arguments`.
     """
     caught: dict[str, tuple[Tensor, ...]] = {}
     reached = _writer(block, anatomy)
@@ -126,12 +145,6 @@ def fitted_tokens(batches: Sequence[Batch]) -> list[Tensor]:
         chosen.append(mask.bool().clone())
         chosen[-1][:, 0] = False
     return chosen
-
-
-@torch.no_grad()
-def attention_inputs(block: nn.Module, anatomy: Anatomy, hidden: Tensor, call: Call) -> Tensor:
-    """Run a block up to the attention's output map: that map's input, [documents, tokens, query heads * head_dim]."""
-    return _arguments(block, anatomy.output, hidden, call)[0]
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from transformers.pytorch_utils import Conv1D
 
 from finescope.errors import StepFailed
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts, linear_map
+from finescope.pruning import readers
 from finescope.pruning.compensation import Compensation
 from finescope.pruning.ridge import Moments, OutputMap, ridge
 
-BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8)))
+BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8), (30, 28)))
 FEWER, ONLY_MLP = {"heads": 2, "mlp": 20}, {"mlp": 20}
 
 
@@ -87,13 +88,23 @@ def naive_refit(module, norm, inputs, target):
     module.weight.data.copy_(found.T if isinstance(module, Conv1D) else found)
 
 
+def naive_readers(block, names, pruned, dense):
+    """Each map that reads the stream on its own: least squares towards what its weight makes of what the dense model's reads."""
+    for module in (block.get_submodule(name) for name in names):
+        weight = module.weight.detach().double().numpy()
+        weight = weight.T if isinstance(module, Conv1D) else weight
+        found = torch.from_numpy(ridge_by_lstsq(pruned, dense @ weight.T, weight))
+        module.weight.data.copy_(found.T if isinstance(module, Conv1D) else found)
+
+
 def naive_compensation(model, student, anatomy):
     """Layer by layer with whole forward passes: what the streamed version must equal."""
 
     def run(owner, layer):
-        """Of block `layer`, per chosen token: the output map's input, stream before, attention added, down's input, MLP added."""
+        """Of block `layer`, per chosen token: what the attention reads, the output map's input, the stream before, with attention
+        added, what the MLP reads, the down map's input, MLP added."""
         block, seen = blocks_of(owner, anatomy)[layer], {}
-        names = {"heads": anatomy.output, "channels": anatomy.down}
+        names = {"heads": anatomy.output, "channels": anatomy.down, "query": anatomy.qkv[0], "expand": anatomy.expand[0]}
         added = {"attention": anatomy.attention_norm or anatomy.output, "mlp": anatomy.mlp_norm or anatomy.down}
         keep_input = lambda key: lambda module, inputs, output: seen.__setitem__(key, inputs[0])  # noqa: E731
         keep_output = lambda key: lambda module, inputs, output: seen.__setitem__(key, output)  # noqa: E731
@@ -107,7 +118,7 @@ def naive_compensation(model, student, anatomy):
             keep = mask.bool()
             keep[:, 0] = False
             middle = before + seen["attention"]
-            parts = (seen["heads"], before, middle, seen["channels"], middle + seen["mlp"])
+            parts = (seen["query"], seen["heads"], before, middle, seen["expand"], seen["channels"], middle + seen["mlp"])
             rows.append([part[keep].double().numpy() for part in parts])
         for hook in hooks:
             hook.remove()
@@ -115,12 +126,14 @@ def naive_compensation(model, student, anatomy):
 
     for layer, block in enumerate(blocks_of(student, anatomy)):
         norms = [block.get_submodule(name) if name else None for name in (anatomy.attention_norm, anatomy.mlp_norm)]
-        _, _, dense_middle, _, dense_after = run(model, layer)
+        dense_query, _, _, dense_middle, dense_expand, _, dense_after = run(model, layer)
         output, down = linear_map(block, anatomy.output), linear_map(block, anatomy.down)
-        if output.weight.numel() < linear_map(blocks_of(model, anatomy)[layer], anatomy.output).weight.numel():
-            heads, before, _, _, _ = run(student, layer)
-            naive_refit(output, norms[0], heads, dense_middle - before)
-        _, _, middle, channels, _ = run(student, layer)
+        if layer:  # both models read the same in the first block
+            naive_readers(block, anatomy.qkv, run(student, layer)[0], dense_query)
+        _, heads, before, _, _, _, _ = run(student, layer)
+        naive_refit(output, norms[0], heads, dense_middle - before)
+        naive_readers(block, anatomy.expand, run(student, layer)[4], dense_expand)
+        _, _, _, middle, _, channels, _ = run(student, layer)
         naive_refit(down, norms[1], channels, dense_after - middle)
 
 
@@ -131,7 +144,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "counts"), CASES)
-def test_streamed_equals_naive(family, counts):
+def test_streamed_equals_naive(family, counts, monkeypatch):
+    monkeypatch.setattr(readers, "_TOKENS_PER_DIMENSION", 1)
     model = tiny_model(family)
     anatomy = anatomy_of(model)
     student, naive = student_of(model, counts), student_of(model, counts)
@@ -139,13 +153,15 @@ def test_streamed_equals_naive(family, counts):
     original = {name: value.clone() for name, value in student.state_dict().items()}
     refits = compensate(model, student, BATCHES)
     naive_compensation(model, naive, anatomy)
-    maps = (anatomy.output, anatomy.down) if counts is FEWER else (anatomy.down,)
-    assert [refit.name for refit in refits] == [f"{anatomy.blocks}.{layer}.{name}" for layer in range(3) for name in maps]
-    changed = {f"{refit.name}.weight" for refit in refits if refit.error_after < refit.error_before}
+    reads = {f"{anatomy.qkv[0]} reads": anatomy.qkv, f"{anatomy.mlp} reads": anatomy.expand}
+    maps = {**reads, anatomy.output: (anatomy.output,), anatomy.down: (anatomy.down,)}
+    refitted = {tuple(refit.name.removeprefix(f"{anatomy.blocks}.").split(".", 1)) for refit in refits}
+    assert refitted >= {(str(layer), name) for layer in range(1, 3) for name in maps}
+    changed = {f"{anatomy.blocks}.{layer}.{name}.weight" for layer, key in refitted for name in maps[key]}
     for name, value in student.state_dict().items():
-        torch.testing.assert_close(value, naive.state_dict()[name], rtol=2e-3, atol=2e-4)
-        assert torch.equal(value, original[name]) != (name in changed), name
-    assert len(changed) == len(refits)
+        torch.testing.assert_close(value, naive.state_dict()[name], rtol=2e-3, atol=5e-4)
+        assert name in changed or torch.equal(value, original[name]), name
+    assert all(refit.error_after <= refit.error_before for refit in refits)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -193,9 +209,10 @@ def test_experts_are_refitted_on_their_own_tokens(family):
     left_out = [naive_experts(model, naive, anatomy, 0, batches)]
     name = "model.layers.0.mlp.experts.down_proj"
     torch.testing.assert_close(student.state_dict()[name], naive.state_dict()[name], rtol=2e-3, atol=2e-4)
-    assert refits[0].name == "model.layers.0.mlp.experts"
-    assert refits[0].experts_left_out == left_out[0] < 3
-    for refit, block in zip(refits, blocks_of(student, anatomy), strict=True):
+    of_mlp = [refit for refit in refits if refit.name.endswith(("mlp.experts", "mlp.down_proj"))]
+    assert of_mlp[0].name == "model.layers.0.mlp.experts"
+    assert of_mlp[0].experts_left_out == left_out[0] < 3
+    for refit, block in zip(of_mlp, blocks_of(student, anatomy), strict=True):
         assert refit.error_after < refit.error_before
         assert (refit.experts_left_out is None) != has_experts(block, anatomy)
 
@@ -206,9 +223,8 @@ def test_experts_with_too_few_tokens_keep_their_weights():
     original = {name: value.clone() for name, value in student.state_dict().items()}
     # Ten tokens that count, two experts each, 40 channels.
     refits = compensate(model, student, batches_of(((6, 6),)))
-    assert [refit.experts_left_out for refit in refits] == [3, 3, 3]
-    assert all(refit.error_after == refit.error_before for refit in refits)
-    assert all(torch.equal(value, original[name]) for name, value in student.state_dict().items())
+    assert [refit.experts_left_out for refit in refits if refit.name.endswith("experts")] == [3, 3, 3]
+    assert all(torch.equal(value, original[name]) for name, value in student.state_dict().items() if ".o_proj." not in name)
 
 
 # Routers choose otherwise where the stream is another, which no re-fit mends.
