@@ -111,6 +111,11 @@ def open_blocks(reference: ModelReference, device: torch.device | str) -> Iterat
         anatomy = anatomy_of(model)
         first = load_model(reference, num_layers=1, device=device)
         adopt_rest(model, first, anatomy)
+        # Rotary frequencies have no weights: they follow from the configuration, and from kinds of blocks that `first` may lack.
+        decoder = model.get_submodule(anatomy.decoder)
+        for name, module in decoder.named_children():
+            if list(module.buffers()) and not list(module.parameters()):
+                setattr(decoder, name, type(module)(model.config).to(device))
         model.generation_config = first.generation_config
         mapping, left_out = nested_names(reference)
         loading = LoadStateDictConfig(

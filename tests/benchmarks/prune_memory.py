@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python tests/benchmarks/prune_memory.py
 
-A random Llama of the shape of Llama 3.1 8B, of two blocks, bfloat16 in several safetensors files, is pruned by a quarter as the step
-`prune` does it, in a process of its own. Beside it a plain forward and backward pass of the whole model, all gradients, over the same
-batches, in another process. `full` is the estimate for all blocks at the recipe's default calibration set.
+A random Llama of the shape of Llama 3.1 8B, of two blocks, bfloat16 in several safetensors files, is pruned by a quarter as the
+step `prune` does it, in a process of its own. Beside it a plain forward and backward pass of the whole model, all gradients, over
+the same batches, in another process. `full` is the estimate for all blocks at the recipe's default calibration set.
 """
 
 import argparse
