@@ -56,7 +56,9 @@ class Compensation:
         attention_reads, between, mlp_reads = _advance(block, anatomy, self._dense, layer)
         refit_mlp = refit_experts if has_experts(student_block, anatomy) else _refit_mlp
         return [
-            *self._refit_readers(layer, student_block, anatomy.qkv[0], attention_reads, attention_readers(student_block, anatomy)),
+            *self._refit_readers(
+                layer, student_block, anatomy.qkv[0], attention_reads, attention_readers(student_block, anatomy)
+            ),
             _refit_attention(student_block, anatomy, pruned, layer, between, chosen),
             *self._refit_readers(layer, student_block, anatomy.mlp, mlp_reads, mlp_readers(student_block, anatomy)),
             refit_mlp(student_block, anatomy, pruned, layer, self._dense.hidden, chosen),
@@ -76,9 +78,7 @@ class Compensation:
 
 
 @torch.no_grad()
-def _advance(
-    block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _advance(block: nn.Module, anatomy: Anatomy, stream: Stream, layer: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Move the dense stream past a block. By batch: what its attention reads, the stream between, what its MLP reads."""
     ways = []
     for index, hidden, call in stream.at(layer):
@@ -150,4 +150,3 @@ def _refit(output: OutputMap, tokens: Tokens, name: str) -> Refit:
     if after > before:
         output.weight.copy_(original)
     return Refit(name, before / (scale or 1.0), min(after, before) / (scale or 1.0))
-

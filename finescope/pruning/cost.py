@@ -145,7 +145,7 @@ def _backward_bytes(sizes: _Sizes, size: int) -> int:
 
 
 def _refit_bytes(sizes: _Sizes, hidden: int, size: int) -> int:
-    """Two streams, three stations on the dense one's way; the inputs of a map; second moments, damped and factorised, in float64."""
+    """Two streams, three stations on the dense one's way; inputs of a map; second moments, damped and factorised, in float64."""
     inputs = sizes.tokens * sizes.channels * size
     if sizes.mixture:
         inputs = max(inputs, sizes.tokens * sizes.d_model * (size + 12))

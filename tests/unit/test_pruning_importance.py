@@ -81,8 +81,8 @@ def naive_taylor(model, batches, order=1):
         tokens = int(mask[:, 1:].sum())
         blocks = blocks_of(model, anatomy_of(model))
         products = [{n: (p.detach() * p.grad).double() for n, p in b.named_parameters() if p.grad is not None} for b in blocks]
-        of_order = (lambda value: value.abs()) if order == 1 else (lambda value: value**2 * tokens / 2)
-        found = by_block(model, [{name: of_order(value) for name, value in block.items()} for block in products])
+        terms = [{n: p.abs() if order == 1 else p**2 * tokens / 2 for n, p in block.items()} for block in products]
+        found = by_block(model, terms)
         for kind, layers in found.items():
             before = sums.get(kind, [0] * len(layers))
             sums[kind] = [None if now is None else old + tokens * now for old, now in zip(before, layers, strict=True)]

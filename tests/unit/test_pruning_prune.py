@@ -136,7 +136,10 @@ def test_compensation_can_be_left_out():
     fitted = prune(model, section(**kwargs), BATCHES, no_progress)
     assert plain.summary["refits"] == []
     differing = {n for n, v in plain.student.state_dict().items() if not torch.equal(v, fitted.student.state_dict()[n])}
-    assert differing == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)}
+    refitted = {refit["name"] for refit in fitted.summary["refits"]}
+    assert refitted >= {f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    # Both models read the same in the first block, and there are too few tokens to turn what reads in the others.
+    assert differing == {f"{name}.weight" for name in refitted} - {"model.layers.0.self_attn.o_proj.weight"}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
