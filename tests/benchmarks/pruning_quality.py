@@ -83,7 +83,7 @@ def torch_pruning(model: PreTrainedModel, ratio: float, batches: Iterable[Batch]
     """Torch-Pruning's GroupTaylorImportance on MLP channels, as uniform as ours, in multiples of 32."""
     import torch_pruning as tp
 
-    student: Any = copy.deepcopy(model)
+    student: Any = copy.deepcopy(model).requires_grad_(True)
     for ids, mask in batches:
         student(input_ids=ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100), use_cache=False).loss.backward()
     blocks = student.model.layers
