@@ -81,6 +81,7 @@ print(json.dumps({"growth": peak_memory(torch.device("cpu"))["memory_bytes"] - b
 """
 
 
+@pytest.mark.slow
 def test_the_estimate_holds(tmp_path: Path):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=512))
