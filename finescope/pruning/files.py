@@ -43,7 +43,7 @@ class StudentFiles:
         blocks = f"{self._anatomy.blocks}."
         rest = {name: value for name, value in self._student.state_dict().items() if not name.startswith(blocks)}
         with quiet():
-            self._student.save_pretrained(self._directory, state_dict=self._collected | rest, max_shard_size="1PB")
+            self._student.save_pretrained(self._directory, state_dict=self._collected | rest, max_shard_size="1000TB")
         self._collected = {}
         if self._shards:
             self._number([*self._shards, self._directory / SAFE_WEIGHTS_NAME])

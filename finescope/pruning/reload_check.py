@@ -26,10 +26,10 @@ def compare(directory: str, device: str, memory: int, cases: list[Case]) -> dict
     with tempfile.TemporaryDirectory() as scratch:
         model, info = _load(directory, device, memory, scratch)
         with torch.no_grad():
-            found = [_logits(model, *case) for case in cases]
+            found = [_logits(model, device, *case) for case in cases]
             longest = max(cases, key=lambda case: case[0].shape[1])
-            stepped = _decoded(model, longest[0][:1])
-            prompt = torch.from_numpy(cases[-1][0][:1]).to(model.device)
+            stepped = _decoded(model, device, longest[0][:1])
+            prompt = torch.from_numpy(cases[-1][0][:1]).to(device)
             generated = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1
             )
@@ -63,17 +63,17 @@ def _load(directory: str, device: str, memory: int, scratch: str) -> tuple[Any, 
     return (model if limits else model.to(device)).eval(), info
 
 
-def _logits(model: Any, input_ids: np.ndarray, attention_mask: np.ndarray, logits: np.ndarray) -> np.ndarray:
+def _logits(model: Any, device: str, input_ids: np.ndarray, attention_mask: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Of the last tokens of each document that are not padding: float32 [tokens, vocabulary]."""
-    ids, mask = (torch.from_numpy(part).to(model.device) for part in (input_ids, attention_mask))
+    ids, mask = (torch.from_numpy(part).to(device) for part in (input_ids, attention_mask))
     last = logits.shape[1]
     found = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=last).logits.float().cpu().numpy()
     return found[attention_mask[:, -last:] == 1]
 
 
-def _decoded(model: Any, input_ids: np.ndarray) -> np.ndarray:
+def _decoded(model: Any, device: str, input_ids: np.ndarray) -> np.ndarray:
     """The logits of the last tokens of a document [1, tokens], each behind a cache of those before: [tokens, vocabulary]."""
-    ids = torch.from_numpy(input_ids).to(model.device)
+    ids = torch.from_numpy(input_ids).to(device)
     cache = model(input_ids=ids[:, :-_STEPPED], use_cache=True, logits_to_keep=1).past_key_values
     rows = []
     for at in range(ids.shape[1] - _STEPPED, ids.shape[1]):
