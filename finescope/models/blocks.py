@@ -118,9 +118,8 @@ def open_blocks(reference: ModelReference, device: torch.device | str) -> Iterat
                 setattr(decoder, name, type(module)(model.config).to(device))
         model.generation_config = first.generation_config
         mapping, left_out = nested_names(reference)
-        loading = LoadStateDictConfig(
-            device_map={"": device}, dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model, mapping)
-        )
+        conversions: Any = get_model_conversion_mapping(model, mapping)
+        loading = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, weight_mapping=conversions)
         yield BlocksOnDisk(model, anatomy, reference, _names_by_layer(files, reference, anatomy, left_out), loading)
 
 
@@ -144,7 +143,10 @@ def _weight_files(reference: ModelReference) -> list[str]:
     if (whole := find(SAFE_WEIGHTS_NAME)) is not None:
         return [whole]
     index = find(SAFE_WEIGHTS_INDEX_NAME)
-    return [] if index is None else get_checkpoint_shard_files(reference.path, index, revision=reference.revision)[0]
+    if index is None:
+        return []
+    shards, _ = get_checkpoint_shard_files(reference.path, index, revision=reference.revision)
+    return list(shards or ())
 
 
 def _names_by_layer(

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from finescope.config import PruneSection
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts
-from finescope.models.groups import Layout, kinds_of, layout_of
+from finescope.models.groups import Layout, layout_of
 from finescope.pruning.files import SHARD_BYTES
 from finescope.pruning.taylor import LOGIT_ROWS
 
@@ -71,9 +71,6 @@ def prune_cost(
     """The cost of pruning `model`, which may be on the meta device, calibrated on `tokens`, padding counted.
 
     `longest`: tokens of the longest document; `batch_tokens`: of a batch.
-
-    Raises:
-        RecipeError: the model cannot lose what `section.structure` names.
     """
     layout, size = layout_of(model, anatomy_of(model)), bytes_per_parameter
     sizes = _sizes(model, layout, section, tokens, longest, batch_tokens)
@@ -109,7 +106,8 @@ def _sizes(model: PreTrainedModel, layout: Layout, section: PruneSection, tokens
     blocks = blocks_of(model, anatomy)
     shapes = [[parameter.numel() for parameter in block.parameters()] for block in blocks]
     channels = max(parts["channel"][0] for parts in layout.parts)
-    kinds = kinds_of(layout, section.structure)
+    named = tuple(groups.kind for groups in layout.groups) if isinstance(section.structure, str) else section.structure
+    kinds = [kind for kind in named if kind not in layout.refused]
     # What other kinds do not lose the channels do: at least their share leaves, and half a rounding step less.
     if "mlp" in kinds:
         channels = min(channels, int((1 - section.ratio) * channels) + section.round_to)

@@ -49,4 +49,4 @@ def hidden_states(spill_to: Path | None) -> Iterator[HiddenStates]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
