@@ -42,7 +42,7 @@ def prune_model(
     """
     assert not model.training
     layout = layout_of(model, anatomy)
-    importance = _importance(model, anatomy, layout, section, batches, progress)
+    importance = importance_of(model, anatomy, layout, section, batches, progress)
     kept = choose(importance, layout, section.ratio, section.structure, section.round_to)
     student = cut(model, anatomy, layout, kept)
     refits = compensate(model, student, anatomy, batches, progress) if _refits(section) else []
@@ -68,16 +68,16 @@ def prune_model(
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
     """What `progress` sums to: the calibration tokens once for Taylor importance and once for compensation."""
-    return num_tokens * ((section.method == "taylor") + _refits(section))
+    return num_tokens * (section.reads_documents + _refits(section))
 
 
 def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.Table:
     """One row a group, ordered by layer, kind and index.
 
     A channel c of expert e is group e * channels + c. Its parameters are also those of the expert: where that leaves, none of
-    its channels is kept.
+    its channels is kept. `general` is null.
     """
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in IMPORTANCE.names}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in IMPORTANCE.names if name != "general"}
     for layer in range(layout.num_layers):
         for index, groups in enumerate(layout.groups):
             if layer not in groups.layers:
@@ -93,12 +93,18 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.T
             columns["importance"].append(importance.values[index][position].reshape(-1))
             columns["num_params"].append(np.full(stays.size, groups.params))
             columns["kept"].append(stays.reshape(-1))
-    return conform(pa.table({name: np.concatenate(parts) for name, parts in columns.items()}), IMPORTANCE)
+    table = pa.table({name: np.concatenate(parts) for name, parts in columns.items()})
+    return conform(table.append_column("general", pa.nulls(table.num_rows)), IMPORTANCE)
 
 
-def _importance(
+def importance_of(
     model: PreTrainedModel, anatomy: Anatomy, layout: Layout, section: PruneSection, batches: Sequence[Batch], progress: Progress
 ) -> Importance:
+    """The importance of each group by `section.method`.
+
+    Raises:
+        StepFailed: as the method says.
+    """
     match section.method:
         case "taylor":
             return taylor_importance(model, anatomy, layout, batches, progress)
