@@ -111,7 +111,7 @@ def test_without_control_and_without_sources(tmp_path: Path) -> None:
     uri = "memory://report/page.html"
     write_report(output, build_run(output, control=False, source=False), uri)
     page = _Page(storage.read_bytes(uri).decode())
-    assert "random documents" not in page.text
+    assert "tokens of random documents" not in page.text
     assert "17.30" not in page.text
     assert "The corpus has no column source" in page.text
 
