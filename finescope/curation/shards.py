@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from finescope import schemas, storage
 from finescope.curation.codes import CorpusStatistics, codes_of
@@ -64,14 +63,15 @@ class ShardCodes:
     """
 
     def __init__(self, doc_ids: Sequence[str]) -> None:
-        self._doc_ids = pa.array(doc_ids, pa.string())
+        self._doc_ids = frozenset(doc_ids)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (file,) = batch.column("file").to_pylist()
-        wanted = pc.is_in(storage.read_parquet(file, ["doc_id"]).column("doc_id"), value_set=self._doc_ids)
-        if not pc.any(wanted).as_py():
+        doc_ids = storage.read_parquet(file, ["doc_id"]).column("doc_id").to_pylist()
+        rows = [row for row, doc_id in enumerate(doc_ids) if doc_id in self._doc_ids]
+        if not rows:
             return CODES.empty_table()
-        return schemas.conform(storage.read_parquet(file, CODES.names).filter(wanted), CODES)
+        return schemas.conform(storage.read_parquet(file, CODES.names).take(pa.array(rows)), CODES)
 
 
 def _in_one_row(rows: pa.Array) -> pa.Array:
