@@ -75,6 +75,19 @@ def test_codes_and_activations_are_in_the_order_of_the_documents(finished: Finis
         np.testing.assert_allclose(active, alone[0], rtol=1e-4)
 
 
+def test_behind_a_screen_codes_are_in_its_sample_too(finished: Finished) -> None:
+    embed = finished.manifests["embed"]
+    all_of_them = embed.tables["embeddings"]
+    passed = all_of_them.model_copy(update={"files": all_of_them.files[:3]})
+    inputs = finished.manifests | {
+        "embed": embed.model_copy(update={"tables": {"embeddings": passed}}),
+        "screen": embed.model_copy(update={"tables": {"sampled": all_of_them}}),
+    }
+    doc_ids = tuple(frame_of(embed, "embeddings").select("doc_id").collect()["doc_id"].to_list()[::-7])
+    found = stored_codes(CONTEXT, doc_ids, StepInput("memory://nowhere", "", inputs))
+    assert found.equals(stored_codes(CONTEXT, doc_ids, _step(finished)))
+
+
 def test_heads_of_the_domain_and_their_latents(finished: Finished) -> None:
     found = frame_of(finished.manifests["prune"], "head_latents").collect()
     assert found.height > 0
