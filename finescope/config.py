@@ -163,7 +163,15 @@ class PruneSection(Section):
     documents: int = Field(default=256, ge=1, description="calibration documents, the best of the curated set")
     max_tokens: int = Field(default=256, ge=2, description="tokens of a calibration document")
     calibration: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
+    general_documents: int = Field(
+        default=64, ge=0, description="random documents on which importance is computed again, to be compared; 0: it is not"
+    )
     seed: Seed = 0
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the importance depends on the calibration documents."""
+        return self.method not in ("magnitude", "random")
 
     @field_validator("structure")
     @classmethod

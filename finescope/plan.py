@@ -265,7 +265,7 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
             2 * evaluate.documents,
             sets,
             2.0 * full * sets,
-            _PROCESS + model.weight_bytes + head,
+            _PROCESS + model.weight_bytes + student + head,
             0,
         ),
         Cost("report", 0, 0, 0.0, _PROCESS // 4, 1_000_000),

@@ -55,6 +55,7 @@ REJECTS = pa.schema(
         ("detail", pa.string()),
     ]
 )
+# `general` is the importance of the same group on random documents of the corpus; null where it was not computed.
 IMPORTANCE = pa.schema(
     [
         ("layer", pa.int32()),
@@ -63,6 +64,20 @@ IMPORTANCE = pa.schema(
         ("importance", pa.float32()),
         ("num_params", pa.int64()),
         ("kept", pa.bool_()),
+        ("general", pa.float32()),
+    ]
+)
+# A row a head group that the domain asks more of than general text does, and a latent: over the calibration and the general
+# documents the correlation of the group's activation with the latent, how many of them have the latent, and its mean in each set.
+HEAD_LATENTS = pa.schema(
+    [
+        ("layer", pa.int32()),
+        ("group_index", pa.int32()),
+        ("latent", pa.int32()),
+        ("correlation", pa.float32()),
+        ("documents", pa.int32()),
+        ("domain_mean", pa.float32()),
+        ("general_mean", pa.float32()),
     ]
 )
 REWRITES = pa.schema(

@@ -25,6 +25,8 @@ from finescope.manifest import Manifest, StepState, domains_of, label_of, of_dom
 
 _HEAD_ROWS = 10
 _CELL_CHARACTERS = 60
+# Columns that are shares, beside those that are called so.
+_SHARES = ("importance_removed", "differing")
 # A pipe has no width: a column is as wide as its widest cell, and no line is folded.
 _PIPE_WIDTH = 4000
 
@@ -205,7 +207,7 @@ def _with(cell: str, relative: str) -> str:
 
 def _frame(title: str, frame: pl.DataFrame) -> None:
     right = [at for at, kind in enumerate(frame.dtypes) if kind.is_numeric()]
-    shares = [at for at, name in enumerate(frame.columns) if name.endswith("share") or name == "importance_removed"]
+    shares = [at for at, name in enumerate(frame.columns) if name.endswith("share") or name in _SHARES]
     rows = [[_percent(cell) if at in shares else cell for at, cell in enumerate(row)] for row in frame.iter_rows()]
     _table(title, frame.columns, rows, right)
 

@@ -168,11 +168,23 @@ def _prune(step: StepInput) -> Outcome:
             values = random.lognormal(-8 + 0.2 * layer, 1.0, count)
             kept = set(np.argsort(-values)[:keep].tolist())
             base = {"layer": layer, "kind": kind, "num_params": size}
-            rows += [base | {"group_index": g, "importance": values[g], "kept": g in kept} for g in range(count)]
+            general = values * random.lognormal(0.0, 0.5, count)
+            rows += [
+                base | {"group_index": g, "importance": values[g], "kept": g in kept, "general": general[g]} for g in range(count)
+            ]
     _put_model(step, "pruned")
     facts = {"parameters_before": 1000, "parameters_after": 740, "ratio_reached": 0.34, "calibration_tokens": 900}
     facts |= {"mlp_channels_after": 40, "reload": {"architecture": "LlamaForCausalLM", "difference": 1e-6}, "compensated": True}
-    return Outcome(len(rows), len(rows), 0, {"importance": _put(step, "importance", rows, schemas.IMPORTANCE)}, facts)
+    facts |= {"general_documents": 64, "general_tokens": 700}
+    latents = [
+        {"layer": layer, "group_index": 1, "latent": latent, "correlation": 0.9 - 0.1 * at, "documents": 30 - at}
+        | {"domain_mean": 1.5, "general_mean": 0.25}
+        for layer in (2, 5)
+        for at, latent in enumerate((7, 11, 101, 102, 103, 104))
+    ]
+    tables = {"importance": _put(step, "importance", rows, schemas.IMPORTANCE)}
+    tables["head_latents"] = _put(step, "head_latents", latents, schemas.HEAD_LATENTS)
+    return Outcome(len(rows), len(rows), 0, tables, facts)
 
 
 def _distill(step: StepInput, control: bool) -> Outcome:
@@ -199,15 +211,19 @@ def _put_model(step: StepInput, kind: str) -> None:
     storage.put_bytes(storage.join(step.uri, "model", "model.safetensors"), kind.encode())
 
 
+_SPEED = {"device": "cpu", "threads": 2, "repeats": 5, "documents": 1, "prompt_tokens": 512, "decode_tokens": 16}
+
+
 def _evaluate(step: StepInput, control: bool) -> Outcome:
     sizes = {"base": (134_515_008, 9.7, 18.2), "pruned": (102_000_000, 31.4, 88.0), "recovered": (102_000_000, 11.9, 41.5)}
     sizes |= {"control": (102_000_000, 17.3, 37.9)} if control else {}
     models = {
         name: {"parameters": parameters, "file_bytes": 4 * parameters + 2_000_000, "memory_bytes": 4 * parameters}
         | {"prefill_tokens_per_second": 1.2e11 / parameters, "decode_tokens_per_second": 2.4e9 / parameters}
-        | {"perplexity": {"target": target, "general": general}}
+        | {"perplexity": {"target": target, "general": general}, "peak_memory_bytes": 5 * parameters}
+        | {"flops_per_token": 2 * parameters, "prefill_gain_over_flops": None if name == "base" else 0.93}
         for name, (parameters, target, general) in sizes.items()
     }
     table = _metrics(step, {f"{name}.parameters": [float(found["parameters"])] for name, found in models.items()}, "evaluate")
     rows = sum(file.rows for file in table)
-    return Outcome(rows, rows, 0, {"metrics": table}, {"models": models, "target_source": "files"})
+    return Outcome(rows, rows, 0, {"metrics": table}, {"models": models, "target_source": "files", "speed": _SPEED})

@@ -47,8 +47,8 @@ def histogram(bins: pl.DataFrame, cut: float | None) -> str:
     return _svg(chart.properties(width=820, height=200))
 
 
-def lines(points: pl.DataFrame, title: str) -> str:
-    """Curves over the training step (columns x, value, series); one series needs no legend."""
+def lines(points: pl.DataFrame, title: str, along: str) -> str:
+    """Curves over `along`, the title of the x axis (columns x, value, series); one series needs no legend."""
     series = points["series"].unique(maintain_order=True).to_list()
     legend = alt.Legend(title=None, orient="top", symbolType="stroke") if len(series) > 1 else None
     largest = points.select(pl.col("value").abs().max()).item() or 0.0
@@ -57,9 +57,7 @@ def lines(points: pl.DataFrame, title: str) -> str:
         alt.Chart(points)
         .mark_line(strokeWidth=1.8, clip=True)
         .encode(
-            x=alt.X(
-                "x:Q", title="training step", axis=alt.Axis(grid=False, tickCount=5, format="~s"), scale=alt.Scale(nice=False)
-            ),
+            x=alt.X("x:Q", title=along, axis=alt.Axis(grid=False, tickCount=5, format="~s"), scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=5, format=numbers), scale=alt.Scale(zero=False)),
             color=alt.Color("series:N", legend=legend, scale=alt.Scale(domain=series, range=_SERIES)),
         )
@@ -105,7 +103,7 @@ def _importance_map(cells: pl.DataFrame, title: str, first: bool, legend: bool) 
     positive = [value for value in cells["importance"].to_list() if value > 0] or [1.0]
     low, high = min(positive), max(positive)
     layers, wide = cells["layer"].n_unique(), cells["cell"].n_unique()
-    x = alt.X("cell:O", title="best first", axis=alt.Axis(labels=False, ticks=False, domain=False))
+    x = alt.X("cell:O", title=None, axis=alt.Axis(labels=False, ticks=False, domain=False))
     y = alt.Y("layer:O", title="layer" if first else None, axis=alt.Axis(ticks=False, domain=False, labelOverlap=True))
     base = alt.Chart(cells.with_columns(pl.col("importance").clip(lower_bound=low)))
     panels = []

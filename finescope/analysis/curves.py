@@ -26,7 +26,7 @@ def curve_charts(series: Mapping[str, pl.LazyFrame], titles: Mapping[str, str], 
         points = points.filter(pl.col("point") <= len(steps))
     at = pl.col("point").replace(dict(enumerate(steps, start=1))).alias("x")
     return [
-        Markup(charts.lines(points.filter(pl.col("name") == name).select(at, "value", "series"), title))
+        Markup(charts.lines(points.filter(pl.col("name") == name).select(at, "value", "series"), title, "training step"))
         for name, title in titles.items()
         if points.filter(pl.col("name") == name).height > len(found)
     ]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import polars as pl
 
-from finescope.analysis import latents, origins, summaries
+from finescope.analysis import latents, origins, pruning, summaries
 from finescope.analysis.frames import frames_of, sample_of
 from finescope.manifest import Manifest
 
@@ -59,7 +59,11 @@ def _latents(manifests: Mapping[str, Manifest]) -> Summaries:
 
 
 def _importance(manifests: Mapping[str, Manifest]) -> Summaries:
-    return {"pruned groups": summaries.pruned_groups(frames_of(manifests, "importance"))}
+    return {"pruned groups": pruning.pruned_groups(frames_of(manifests, "importance"))}
+
+
+def _head_latents(manifests: Mapping[str, Manifest]) -> Summaries:
+    return {"latents of heads": pruning.head_latents(frames_of(manifests, "head_latents"), _NEAR)}
 
 
 def _rejects(manifests: Mapping[str, Manifest]) -> Summaries:
@@ -80,6 +84,7 @@ _OF_TABLE: dict[str, Callable[[Mapping[str, Manifest]], Summaries]] = {
     "scores": _scores,
     "curated": _curated,
     "importance": _importance,
+    "head_latents": _head_latents,
     "rewrites": _rewrites,
     "metrics": _metrics,
     "rejects": _rejects,

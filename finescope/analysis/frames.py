@@ -25,6 +25,7 @@ _TABLES: dict[str, tuple[pa.Schema, tuple[str, ...]]] = {
     "curated": (pa.schema([*schemas.CURATED_HEAD, *schemas.CURATED_TAIL]), ("curate",)),
     "rejects": (schemas.REJECTS, ("index", "screen", "embed", "curate")),
     "importance": (schemas.IMPORTANCE, ("prune",)),
+    "head_latents": (schemas.HEAD_LATENTS, ("prune",)),
     "rewrites": (schemas.REWRITES, ("distill",)),
     "metrics": (schemas.METRICS, ("sae", "distill", "evaluate")),
 }

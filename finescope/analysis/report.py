@@ -15,6 +15,7 @@ from finescope.analysis import charts, origins, summaries
 from finescope.analysis.curves import curve_charts
 from finescope.analysis.digest import BACKGROUND
 from finescope.analysis.frames import frame_of, frames_of, sample_of
+from finescope.analysis.pruning_section import pruning_section
 from finescope.analysis.sae_section import sae_section
 from finescope.analysis.table import closing_grid, shown
 from finescope.config import ALL_STEPS
@@ -27,8 +28,6 @@ _TEXT_CHARACTERS = 900
 _CUT_CHARACTERS = 160
 _REWRITES = 3
 _DISTILL_CURVES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
-# Cells of a block's row in the map of its groups: enough to see the shape, few enough to be drawn.
-_CELLS = 48
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,11 @@ def render(output: str, manifests: Mapping[str, Manifest]) -> str:
         tiles=_tiles(run),
         grid=closing_grid(manifests),
         target_source=run.facts("evaluate").get("target_source"),
+        speed=run.facts("evaluate").get("speed"),
         scores=_scores(run),
         curated=_curated(run),
         sae=sae_section(run.manifests["sae"]) if "sae" in run.manifests else None,
-        pruned=_pruned(run),
+        pruned=pruning_section(run.manifests["prune"]) if run.has("prune", "importance") else None,
         distilled=_distilled(run),
         rewrites=_rewrites(run),
         rejects=summaries.rejects_by_reason(frames_of(run.manifests, "rejects")).to_dicts(),
@@ -172,29 +172,6 @@ def _distilled(run: _Run) -> dict[str, Any] | None:
     labels = {"metrics": "recovered", "control_metrics": "control"}
     series = {label: run.frame("distill", table) for table, label in labels.items() if run.has("distill", table)}
     return {"facts": facts, "charts": curve_charts(series, _DISTILL_CURVES, run.facts("distill").get("history_steps", ()))}
-
-
-def _pruned(run: _Run) -> dict[str, Any] | None:
-    if not run.has("prune", "importance"):
-        return None
-    importance = run.frame("prune", "importance")
-    groups = summaries.pruned_groups(importance)
-    maps = {
-        title: summaries.importance_map(importance, kind, _CELLS)
-        for kind, title in (("heads", "key/value heads"), ("experts", "experts"), ("mlp", "MLP channels"))
-        if kind in groups["kind"]
-    }
-    totals = groups.group_by("kind").agg(
-        pl.col("kept", "removed", "params_removed").sum(),
-        pl.col("importance_removed").mean(),
-        pl.col("layer").n_unique().alias("layers"),
-    )
-    return {
-        "chart": Markup(charts.importance_maps(maps)),
-        "kinds": totals.sort("kind").to_dicts(),
-        "layers": groups.to_dicts(),
-        "facts": run.facts("prune"),
-    }
 
 
 def _rewrites(run: _Run) -> dict[str, Any] | None:

@@ -146,32 +146,6 @@ def _reasons(scores: pl.LazyFrame, name: str) -> pl.LazyFrame:
     return reasons.group_by("latent").agg(pl.len().alias(name))
 
 
-def pruned_groups(importance: pl.LazyFrame) -> pl.DataFrame:
-    """By layer and kind: kept, removed (groups), params_removed, importance_removed (share of the layer's importance of
-    that kind)."""
-    kept, value = pl.col("kept"), pl.col("importance").cast(pl.Float64)
-    columns = [
-        kept.sum().alias("kept"),
-        (~kept).sum().alias("removed"),
-        pl.col("num_params").filter(~kept).sum().alias("params_removed"),
-        (value.filter(~kept).sum() / value.sum()).fill_nan(0.0).alias("importance_removed"),
-    ]
-    return importance.group_by("layer", "kind").agg(columns).collect().sort("kind", "layer")
-
-
-def importance_map(importance: pl.LazyFrame, kind: str, bins: int) -> pl.DataFrame:
-    """One block's groups of a kind in at most `bins` cells, most important first, what was kept before what was removed.
-
-    Returns:
-        layer, cell (0-based), importance (mean over the cell's groups), kept (whether most of them were).
-    """
-    ordered = importance.filter(pl.col("kind") == kind).sort(["layer", "kept", "importance"], descending=[False, True, True])
-    place, size = pl.int_range(pl.len()).over("layer"), pl.len().over("layer")
-    cell = (place * pl.min_horizontal(size, pl.lit(bins)) // size).alias("cell")
-    means = [pl.col("importance").cast(pl.Float64).mean(), (pl.col("kept").mean() >= 0.5).alias("kept")]
-    return ordered.with_columns(cell).group_by("layer", "cell").agg(means).collect().sort("layer", "cell")
-
-
 def rejects_by_reason(rejects: pl.LazyFrame) -> pl.DataFrame:
     """Rejects by step and reason: step, reason, rows, example (the detail of the first). Most rows first."""
     grouped = rejects.group_by("step", "reason").agg(

@@ -6,14 +6,17 @@ from typing import Literal
 
 from finescope.manifest import Manifest
 
-Kind = Literal["count", "bytes", "rate", "perplexity"]
+Kind = Literal["count", "bytes", "rate", "perplexity", "ratio"]
 # In the order of the columns. `control` was trained on random documents.
 MODELS = ("base", "pruned", "recovered", "control")
 _ROWS: tuple[tuple[str, tuple[str, ...], Kind], ...] = (
     ("parameters", ("parameters",), "count"),
     ("file size", ("file_bytes",), "bytes"),
     ("memory of the weights", ("memory_bytes",), "bytes"),
+    ("peak memory", ("peak_memory_bytes",), "bytes"),
+    ("FLOPs a token", ("flops_per_token",), "count"),
     ("prefill, tokens/s", ("prefill_tokens_per_second",), "rate"),
+    ("prefill gain of FLOPs saved", ("prefill_gain_over_flops",), "ratio"),
     ("decode, tokens/s", ("decode_tokens_per_second",), "rate"),
     ("perplexity, target", ("perplexity", "target"), "perplexity"),
     ("perplexity, general", ("perplexity", "general"), "perplexity"),
@@ -73,6 +76,8 @@ def shown(value: float | None, kind: Kind) -> str:
         return f"{value / 1e6:,.1f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
     if kind == "count":
         return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
+    if kind == "ratio":
+        return f"{value:.2f}"
     if kind == "perplexity":
         return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

@@ -1,4 +1,6 @@
-"""The two passes of `score` over a shard of `embeddings`, as table workers. No torch: an actor of theirs starts in no time."""
+"""What is done to a shard of `embeddings`, as table workers. No torch: an actor of theirs starts in no time."""
+
+from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -7,10 +9,12 @@ from finescope.curation.codes import CorpusStatistics, codes_of
 from finescope.curation.contrast import drawn
 from finescope.curation.score import Scorer
 
+CODES = pa.schema([schemas.EMBEDDINGS.field(name) for name in ("doc_id", "latent_ids", "latent_values")])
+
 
 class ShardStatistics:
-    """Sums over one shard: the first pass. A row (unit, file) in, a row of `CorpusStatistics` out, and the shard's part of the
-    background as columns `latent_ids` and `latent_values`, lists of lists.
+    """Sums over one shard: the first pass of `score`. A row (unit, file) in, a row of `CorpusStatistics` out, and the shard's
+    part of the background as columns `latent_ids` and `latent_values`, lists of lists.
     """
 
     def __init__(self, num_latents: int, documents: int, with_background: bool) -> None:
@@ -32,7 +36,7 @@ class ShardStatistics:
 
 
 class ShardScorer:
-    """Scores one shard: the second pass. A row (unit, file) in, the record of the shard that it wrote out.
+    """Scores one shard: the second pass of `score`. A row (unit, file) in, the record of the shard that it wrote out.
 
     A shard that is scored twice has the same bytes under the same name.
     """
@@ -50,6 +54,24 @@ class ShardScorer:
         path = f"scores/part-{row['unit']:06d}.parquet"
         size = storage.put_parquet(storage.join(self._uri, path), table)
         return pa.Table.from_pylist([{"unit": row["unit"], "path": path, "rows": table.num_rows, "bytes": size}])
+
+
+class ShardCodes:
+    """The codes of some documents. A row (unit, file) in; doc_id, latent_ids and latent_values of those in the shard out.
+
+    Of a shard that has none of them no more is read than its ids.
+    """
+
+    def __init__(self, doc_ids: Sequence[str]) -> None:
+        self._doc_ids = frozenset(doc_ids)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (file,) = batch.column("file").to_pylist()
+        doc_ids = storage.read_parquet(file, ["doc_id"]).column("doc_id").to_pylist()
+        rows = [row for row, doc_id in enumerate(doc_ids) if doc_id in self._doc_ids]
+        if not rows:
+            return CODES.empty_table()
+        return schemas.conform(storage.read_parquet(file, CODES.names).take(pa.array(rows)), CODES)
 
 
 def _in_one_row(rows: pa.Array) -> pa.Array:

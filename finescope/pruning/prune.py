@@ -58,7 +58,7 @@ def prune_model(
     assert not source.model.training
     layout = layout_of(source.model, source.anatomy)
     with clock.part("importance"):
-        importance = _importance(source, layout, section, batches, places.spill_to, progress)
+        importance = importance_by_method(source, layout, section, batches, places.spill_to, progress)
     with clock.part("selection"):
         kept = choose(importance, layout, section.ratio, section.structure, section.round_to)
     with clock.part("compensation"):
@@ -88,16 +88,16 @@ def prune_model(
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
     """What `progress` sums to: the calibration tokens once for an importance that runs them and once for compensation."""
-    return num_tokens * ((section.method not in ("magnitude", "random")) + _refits(section))
+    return num_tokens * (section.reads_documents + _refits(section))
 
 
 def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.Table:
     """One row a group, ordered by layer, kind and index.
 
     A channel c of expert e is group e * channels + c. Its parameters are also those of the expert: where that leaves, none of
-    its channels is kept.
+    its channels is kept. `general` is null.
     """
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in IMPORTANCE.names}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in IMPORTANCE.names if name != "general"}
     for layer in range(layout.num_layers):
         for index, groups in enumerate(layout.groups):
             if layer not in groups.layers:
@@ -113,10 +113,11 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.T
             columns["importance"].append(importance.values[index][position].reshape(-1))
             columns["num_params"].append(np.full(stays.size, groups.params))
             columns["kept"].append(stays.reshape(-1))
-    return conform(pa.table({name: np.concatenate(parts) for name, parts in columns.items()}), IMPORTANCE)
+    table = pa.table({name: np.concatenate(parts) for name, parts in columns.items()})
+    return conform(table.append_column("general", pa.nulls(table.num_rows)), IMPORTANCE)
 
 
-def _importance(
+def importance_by_method(
     source: Blocks,
     layout: Layout,
     section: PruneSection,
@@ -124,6 +125,11 @@ def _importance(
     spill_to: Path | None,
     progress: Progress,
 ) -> Importance:
+    """The importance of each group by `section.method`; `spill_to` as in `Places`.
+
+    Raises:
+        StepFailed: as the method says.
+    """
     match section.method:
         case "taylor" | "taylor_second":
             order = 1 if section.method == "taylor" else 2

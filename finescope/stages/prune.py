@@ -6,33 +6,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
-import torch
 
 from finescope import directories, storage
+from finescope.analysis.pruning import agreement
 from finescope.config import CorpusSection, PruneSection
-from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
+from finescope.corpus.tokenise import length_batches
 from finescope.models.blocks import open_blocks
 from finescope.models.load import ModelReference, default_device, load_meta_model, load_tokenizer, reference_of
 from finescope.pruning.cost import PruneCost, prune_cost
+from finescope.pruning.general import with_general
 from finescope.pruning.measured import Clock, peak_memory
 from finescope.pruning.prune import Places, planned_tokens, prune_model
 from finescope.pruning.verify import verify_saved
 from finescope.runners.base import Context, Progress, Resources
+from finescope.stages.calibration import BATCH_TOKENS, Documents, batches_of, calibration_documents, general_documents
 from finescope.stages.cards import model_card
-from finescope.stages.references import (
-    PROCESS_BYTES,
-    bytes_per_parameter,
-    model_of,
-    random_documents,
-    read_located,
-    read_shards,
-    write_table,
-)
+from finescope.stages.head_latents import head_latents
+from finescope.stages.references import PROCESS_BYTES, bytes_per_parameter, model_of, write_table
 from finescope.steps import Outcome, StepInput
-
-# Tokens of a forward and backward pass over calibration documents, padding included.
-BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,7 @@ class PruneJob:
     source: str  # the model as the recipe names it
     section: PruneSection
     tokens: tuple[np.ndarray, ...]  # int32 [T] a calibration document
+    general: tuple[np.ndarray, ...]  # int32 [T] a general document
     uri: str  # where the student goes
     spills: bool  # whether hidden states at block boundaries go to disk
 
@@ -54,31 +48,38 @@ def prune(context: Context, corpus: CorpusSection, section: PruneSection, step: 
         RecipeError: `prune.ratio` cannot be reached, or the model cannot lose what `prune.structure` names.
         StepFailed: the saved student does not give the logits of the one in memory.
     """
-    model = model_of(step["model"])
-    texts = calibration_texts(context, corpus, section, step)
-    student_uri = storage.join(step.uri, "model")
-    tokens = tuple(tokenise(load_tokenizer(model), texts, section.max_tokens))
-    cost = _cost(model, section, tokens)
+    model, student_uri = model_of(step["model"]), storage.join(step.uri, "model")
+    calibration = calibration_documents(context, corpus, section, step)
+    general = general_documents(context, corpus, section, step, calibration.ids)
+    cost = _cost(model, section, calibration.tokens)
     context.reporter.note(_told(cost))
-    job = PruneJob(model, step["model"].facts["source"], section, tokens, student_uri, cost.spills)
-    planned = planned_tokens(section, sum(len(item) for item in tokens))
+    source = step["model"].facts["source"]
+    job = PruneJob(model, source, section, calibration.tokens, general.tokens, student_uri, cost.spills)
+    planned = planned_tokens(section, calibration.num_tokens) + general.num_tokens
     with context.reporter.task("prune", planned, "tokens") as progress:
         resources = Resources(PROCESS_BYTES + cost.memory_bytes)
         importance, summary = context.runner.call(prune_calibrated, (job,), progress, resources)
     tables = {"importance": write_table(step.uri, "importance", importance)}
+    if general.ids:
+        found = head_latents(context, model, importance, calibration, general, step)
+        tables["head_latents"] = write_table(step.uri, "head_latents", found)
+        summary |= _agreement(importance, general)
     reference = reference_of(student_uri, model, step.identity)
     facts = {"reference": reference.model_dump(mode="json"), **summary, "estimate": asdict(cost)}
     return Outcome(importance.num_rows, importance.num_rows, 0, tables, facts)
 
 
-def calibration_texts(context: Context, corpus: CorpusSection, section: PruneSection, step: StepInput) -> tuple[str, ...]:
-    """Texts of the calibration documents: the best of the curated set, or random ones."""
-    if section.calibration == "random":
-        located = random_documents(step, section.documents, section.seed, ())
-        table = read_located(context, step["index"], model_of(step["model"]), corpus, located, "prune: reading")
-    else:
-        table = read_shards(step["curate"], "curated", ["text"], section.documents)
-    return tuple(table.column("text").to_pylist())
+def _agreement(importance: pa.Table, general: Documents) -> dict[str, Any]:
+    """How far the domain ranks the groups as general text does: rank correlation over layers and kinds."""
+    rows = pl.from_arrow(importance)
+    assert isinstance(rows, pl.DataFrame)
+    found = agreement(rows.lazy())["correlation"].drop_nulls()
+    return {
+        "general_documents": len(general.ids),
+        "general_tokens": general.num_tokens,
+        "general_correlation_mean": found.mean(),
+        "general_correlation_lowest": found.min(),
+    }
 
 
 def _cost(model: ModelReference, section: PruneSection, tokens: Sequence[np.ndarray]) -> PruneCost:
@@ -97,7 +98,7 @@ def _told(cost: PruneCost) -> str:
 
 
 def prune_calibrated(job: PruneJob, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
-    """Prune, write, prove: the table `importance` and the facts. `progress` sums to `planned_tokens`.
+    """Prune, write, prove: the table `importance` and the facts. `progress` sums to `planned_tokens` and the general tokens.
 
     Raises:
         RecipeError, StepFailed: as `prune`.
@@ -107,12 +108,14 @@ def prune_calibrated(job: PruneJob, progress: Progress) -> tuple[pa.Table, dict[
         with clock.part("load"):
             source = opened.enter_context(open_blocks(job.model, device))
             tokenizer = load_tokenizer(job.model)
-        batches = []
-        for batch in length_batches([len(item) for item in job.tokens], BATCH_TOKENS):
-            ids, mask = pad_batch([job.tokens[index] for index in batch], tokenizer.pad_token_id)
-            batches.append((torch.from_numpy(ids), torch.from_numpy(mask)))
         places = Places(local.parent if job.spills else None, local)
+        batches, _ = batches_of(job.tokens, tokenizer.pad_token_id)
         result = prune_model(source, job.section, batches, places, clock, progress)
+        importance = result.importance
+        if job.general:
+            with clock.part("general"):
+                general, _ = batches_of(job.general, tokenizer.pad_token_id)
+                importance = with_general(importance, source, job.section, general, places.spill_to, progress)
         with clock.part("save"):
             tokenizer.save_pretrained(local)
             summary = {key: value for key, value in result.summary.items() if key not in ("refits", "unused_experts")}
@@ -122,4 +125,4 @@ def prune_calibrated(job: PruneJob, progress: Progress) -> tuple[pa.Table, dict[
         with clock.part("save"):
             directories.put_tree(local, job.uri)
     taken = {"peak": peak_memory(device), "seconds": clock.seconds}
-    return result.importance, {**result.summary, "reload": verified._asdict(), **taken}
+    return importance, {**result.summary, "reload": verified._asdict(), **taken}

@@ -28,7 +28,8 @@ from finescope.config import ModelSection, PruneSection
 from finescope.models.load import ModelReference, materialise
 from finescope.models.source import resolve
 from finescope.pruning.cost import prune_cost
-from finescope.stages.prune import BATCH_TOKENS, PruneJob, prune_calibrated
+from finescope.stages.calibration import BATCH_TOKENS
+from finescope.stages.prune import PruneJob, prune_calibrated
 from finescope.stages.references import PROCESS_BYTES
 
 _FULL_DEPTH = 32
@@ -88,7 +89,7 @@ def section_of(arguments: argparse.Namespace) -> PruneSection:
 def prune(arguments: argparse.Namespace) -> dict[str, Any]:
     spills = estimate(arguments, arguments.layers, arguments.documents * arguments.max_tokens)["spills"]
     uri = storage.join(str(arguments.folder), "student")
-    job = PruneJob(reference(arguments), "random", section_of(arguments), documents(arguments), uri, spills)
+    job = PruneJob(reference(arguments), "random", section_of(arguments), documents(arguments), (), uri, spills)
     began = time.perf_counter()
     _, facts = prune_calibrated(job, lambda _: None)
     kept = ("ratio_reached", "query_heads_after", "kv_heads_after", "mlp_channels_after", "reload", "peak", "seconds")

@@ -34,6 +34,7 @@ _TABLES = {
     ("curate", "curated"): _CURATED,
     ("curate", "rejects"): schemas.REJECTS,
     ("prune", "importance"): schemas.IMPORTANCE,
+    ("prune", "head_latents"): schemas.HEAD_LATENTS,
     ("distill", "rewrites"): schemas.REWRITES,
     ("distill", "metrics"): schemas.METRICS,
     ("distill", "control_rewrites"): schemas.REWRITES,

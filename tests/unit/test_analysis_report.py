@@ -79,11 +79,14 @@ def test_the_figures_are_there(html: str) -> None:
         "90 %",
         "cut 0.4",
         "LlamaForCausalLM",
+        "0.93",
+        "in general text",
+        "512 tokens and 16 more",
         "contradicts",
         "duplicate",
     ):
         assert figure in page.text, figure
-    assert page.tags["svg"] == 1 + (2 + 4) + 1 + 3
+    assert page.tags["svg"] == 1 + (2 + 4) + 2 + 3
     # The stylesheet's colours are what makes a chart readable in the dark.
     assert 'class="mark-text role-axis-label"' in html
 
@@ -108,7 +111,7 @@ def test_without_control_and_without_sources(tmp_path: Path) -> None:
     uri = "memory://report/page.html"
     write_report(output, build_run(output, control=False, source=False), uri)
     page = _Page(storage.read_bytes(uri).decode())
-    assert "random documents" not in page.text
+    assert "tokens of random documents" not in page.text
     assert "17.30" not in page.text
     assert "The corpus has no column source" in page.text
 

@@ -84,30 +84,6 @@ def test_top_latents_are_those_of_the_curated_that_others_lack() -> None:
     assert found["lift"].to_list() == pytest.approx([1 / 3 / 0.1, 1 / 3 / 0.1, 1.0])
 
 
-IMPORTANCE = pl.LazyFrame(
-    {
-        "layer": [1] * 4 + [2] * 4,
-        "kind": ["mlp"] * 8,
-        "group_index": [0, 1, 2, 3] * 2,
-        "importance": [4.0, 1.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0],
-        "num_params": [10] * 8,
-        "kept": [True, False, True, False] * 2,
-    }
-)
-
-
-def test_pruned_groups_say_what_was_lost_by_layer() -> None:
-    found = summaries.pruned_groups(IMPORTANCE)
-    assert found.rows() == [(1, "mlp", 2, 2, 20, 0.3), (2, "mlp", 2, 2, 20, 0.0)]
-
-
-def test_importance_map_puts_the_kept_and_important_first() -> None:
-    found = summaries.importance_map(IMPORTANCE, "mlp", 2).filter(pl.col("layer") == 1)
-    assert found.rows() == [(1, 0, 3.5, True), (1, 1, 1.5, False)]
-    assert summaries.importance_map(IMPORTANCE, "mlp", 100)["cell"].max() == 3
-    assert summaries.importance_map(IMPORTANCE, "heads", 2).height == 0
-
-
 def test_curves_number_the_points_of_each_metric() -> None:
     metrics = pl.LazyFrame({"step": ["s"] * 4, "name": ["loss", "lr", "loss", "other"], "value": [3.0, 1.0, 2.0, 9.0]})
     assert summaries.curves(metrics, ["loss", "lr"]).rows() == [("loss", 1, 3.0), ("lr", 1, 1.0), ("loss", 2, 2.0)]

@@ -13,7 +13,7 @@ from curation_codes import NUM_LATENTS, codes_from
 from finescope import schemas, storage
 from finescope.curation import contrast
 from finescope.curation.codes import Codes, CorpusStatistics
-from finescope.curation.shards import ShardStatistics
+from finescope.curation.shards import CODES, ShardCodes, ShardStatistics
 
 WITHOUT_TORCH = (
     "finescope.curation.shards",
@@ -80,3 +80,14 @@ def test_codes_are_cut_and_joined():
     assert [len(part) for part in parts] == [2, 1]
     joined = Codes.concatenated(parts)
     assert joined.dense().tolist() == matrix.tolist()
+
+
+def test_codes_of_some_documents_are_those_of_the_shard(tmp_path: Path):
+    corpus = np.random.default_rng(0).integers(1, 3, (6, NUM_LATENTS)).astype(np.float64)
+    worker = ShardCodes(["d4", "d1", "elsewhere"])
+    found = worker(pa.Table.from_pylist([shard(tmp_path / "a.parquet", corpus, 0)]))
+    assert found.schema == CODES
+    assert found.column("doc_id").to_pylist() == ["d1", "d4"]
+    assert found.column("latent_values").to_pylist() == corpus[[1, 4]].tolist()
+    none = worker(pa.Table.from_pylist([shard(tmp_path / "b.parquet", corpus, 10)]))
+    assert (none.schema, none.num_rows) == (CODES, 0)

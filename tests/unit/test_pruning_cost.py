@@ -64,12 +64,18 @@ from finescope.config import PruneSection
 from finescope.models.blocks import open_blocks
 from finescope.models.load import ModelReference
 from finescope.pruning.cost import prune_cost
-from finescope.pruning.measured import Clock, peak_memory
+from finescope.pruning.measured import Clock
 from finescope.pruning.prune import Places, prune_model
+
+def resident(name):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
 
 torch.set_num_threads(1)
 (torch.ones(300, 300) @ torch.ones(300, 300)).sum()
-before = peak_memory(torch.device("cpu"))["memory_bytes"]
+# From here on the peak is that of pruning; importing the libraries has one of its own.
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
 reference, scratch = ModelReference.model_validate_json(sys.argv[1]), Path(sys.argv[2])
 section = PruneSection(ratio=0.25, round_to=8)
 generator = torch.Generator().manual_seed(0)
@@ -77,11 +83,12 @@ batches = [(torch.randint(512, (4, 256), generator=generator), torch.ones(4, 256
 with open_blocks(reference, "cpu") as source:
     prune_model(source, section, batches, Places(None, scratch / "student"), Clock(), lambda _: None)
     cost = prune_cost(source.model, section, 4, 6 * 1024, 256, 1024)
-print(json.dumps({"growth": peak_memory(torch.device("cpu"))["memory_bytes"] - before, "estimate": cost.memory_bytes}))
+print(json.dumps({"growth": resident("VmHWM") - before, "estimate": cost.memory_bytes}))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_the_estimate_holds(tmp_path: Path):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=512))
@@ -104,8 +111,7 @@ def test_the_estimate_holds(tmp_path: Path):
     process = subprocess.run(command, capture_output=True, check=False, text=True)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.splitlines()[-1])
-    # Growth is over the peak of importing the libraries, which is not the same each time.
-    assert 10e6 < found["growth"] < found["estimate"] < 500e6
+    assert 20e6 < found["growth"] < found["estimate"] < 4 * found["growth"]
 
 
 def test_a_part_inside_of_another_counts_once(monkeypatch):

@@ -78,6 +78,7 @@ def test_inspect_shows_all_that_the_issue_asks_for(run: str) -> None:
         "sources",
         "seeds",
         "pruned groups",
+        "latents of heads",
         "rewrites",
         "metrics",
         "rejects",
@@ -90,7 +91,8 @@ def test_inspect_shows_all_that_the_issue_asks_for(run: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["documents", "latents", "embeddings", "scores", "curated", "rejects", "importance", "rewrites", "metrics"]
+    "name",
+    ["documents", "latents", "embeddings", "scores", "curated", "rejects", "importance", "head_latents", "rewrites", "metrics"],
 )
 def test_inspect_shows_every_table(run: str, name: str) -> None:
     told = _json("inspect", run, name)
