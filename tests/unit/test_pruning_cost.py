@@ -71,30 +71,32 @@ def resident(name):
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) * 1024
 
+def prune(reference, name, documents):
+    section = PruneSection(ratio=0.25, round_to=8)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(512, (4, 256), generator=generator) for _ in range(documents // 4)]
+    batches = [(each, torch.ones_like(each)) for each in ids]
+    with open_blocks(reference, "cpu") as source:
+        prune_model(source, section, batches, Places(None, Path(sys.argv[3]) / name), Clock(), lambda _: None)
+        return prune_cost(source.model, section, 4, documents * 256, 256, 1024)
+
 torch.set_num_threads(1)
-(torch.ones(300, 300) @ torch.ones(300, 300)).sum()
-# From here on the peak is that of pruning; importing the libraries has one of its own.
+small, large = (ModelReference.model_validate_json(reference) for reference in sys.argv[1:3])
+prune(small, "small", 4)
+# From here on the peak is that of pruning: what a first run imports has been.
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-reference, scratch = ModelReference.model_validate_json(sys.argv[1]), Path(sys.argv[2])
-section = PruneSection(ratio=0.25, round_to=8)
-generator = torch.Generator().manual_seed(0)
-batches = [(torch.randint(512, (4, 256), generator=generator), torch.ones(4, 256, dtype=torch.int64)) for _ in range(6)]
-with open_blocks(reference, "cpu") as source:
-    prune_model(source, section, batches, Places(None, scratch / "student"), Clock(), lambda _: None)
-    cost = prune_cost(source.model, section, 4, 6 * 1024, 256, 1024)
+cost = prune(large, "large", 24)
 print(json.dumps({"growth": resident("VmHWM") - before, "estimate": cost.memory_bytes}))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_the_estimate_holds(tmp_path: Path):
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+def _saved(directory: Path, hidden: int) -> ModelReference:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 8, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=512))
-    model.save_pretrained(tmp_path / "model")
-    reference = ModelReference(
-        path=str(tmp_path / "model"),
+    model.save_pretrained(directory)
+    return ModelReference(
+        path=str(directory),
         revision=None,
         dtype="float32",
         trust_remote_code=False,
@@ -102,12 +104,19 @@ def test_the_estimate_holds(tmp_path: Path):
         fingerprint="",
         model_type="llama",
         num_layers=8,
-        d_model=256,
+        d_model=hidden,
         vocab_size=512,
         num_parameters=model.num_parameters(),
         block_parameters=0,
     )
-    command = [sys.executable, "-c", _PRUNE, reference.model_dump_json(), str(tmp_path)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_estimate_holds(tmp_path: Path):
+    references = [_saved(tmp_path / "small", 32), _saved(tmp_path / "large", 256)]
+    command = [sys.executable, "-c", _PRUNE, *(item.model_dump_json() for item in references), str(tmp_path / "students")]
+    (tmp_path / "students").mkdir()
     process = subprocess.run(command, capture_output=True, check=False, text=True)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.splitlines()[-1])
