@@ -15,7 +15,6 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +28,15 @@ from finescope.corpus.tokenise import CPU_BATCH_TOKENS, length_batches, pad_batc
 from finescope.evaluation.perplexity import Perplexity, perplexity_of_documents
 from finescope.models.anatomy import anatomy_of, block_parameters
 from finescope.models.blocks import BlocksInMemory
+from finescope.models.groups import layout_of
 from finescope.models.load import load_model, load_tokenizer
+from finescope.pruning.allocation import choose
+from finescope.pruning.importance import Importance
 from finescope.pruning.measured import Clock
-from finescope.pruning.prune import Places, prune_model
+from finescope.pruning.prune import importance_by_method
 from finescope.pruning.stream import Batch
+from finescope.pruning.student import build_student
+from finescope.pruning.surgery import Surgery
 
 MLP = {"structure": ("mlp",), "round_to": 32}
 ROWS: dict[str, dict[str, Any]] = {
@@ -79,35 +83,57 @@ def batches_of(documents: list[np.ndarray], pad: int) -> list[Batch]:
     return batches
 
 
-def torch_pruning(model: PreTrainedModel, ratio: float, batches: Iterable[Batch]) -> PreTrainedModel:
-    """Torch-Pruning's GroupTaylorImportance on MLP channels, as uniform as ours, in multiples of 32."""
-    import torch_pruning as tp
+class Pruner:
+    """Prunes one model on one calibration set; what ratios and rows share is computed once."""
 
-    student: Any = copy.deepcopy(model).requires_grad_(True)
-    for ids, mask in batches:
-        student(input_ids=ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100), use_cache=False).loss.backward()
-    blocks = student.model.layers
-    expand = {module for block in blocks for module in (block.mlp.gate_proj, block.mlp.up_proj)}
-    channels = blocks[0].mlp.gate_proj.out_features
-    share = ratio * sum(p.numel() for p in blocks.parameters()) / (len(blocks) * 3 * blocks[0].mlp.gate_proj.weight.numel())
-    student.config.use_cache = False
-    pruner = tp.pruner.BasePruner(
-        student,
-        example_inputs=torch.arange(1, 9)[None],
-        importance=tp.importance.GroupTaylorImportance(),
-        pruning_ratio=round(share * channels / 32) * 32 / channels,
-        ignored_layers=[part for part in student.modules() if isinstance(part, torch.nn.Linear) and part not in expand],
-    )
-    pruner.step()
-    student.zero_grad()
-    return student.eval()
+    def __init__(self, model: PreTrainedModel, batches: list[Batch]) -> None:
+        self._model, self._batches = model, batches
+        self._source = BlocksInMemory(model, anatomy_of(model))
+        self._layout = layout_of(model, self._source.anatomy)
+        self._importance: dict[str, Importance] = {}
+        self._seconds: dict[str, float] = {}
+        self._with_gradients: PreTrainedModel | None = None
 
+    def ours(self, section: PruneSection) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The student, and what the parts took in seconds."""
+        clock, began = Clock(), time.monotonic()
+        if section.method not in self._importance:
+            found = importance_by_method(self._source, self._layout, section, self._batches, None, lambda _: None)
+            self._importance[section.method], self._seconds[section.method] = found, time.monotonic() - began
+        importance = self._importance[section.method]
+        kept = choose(importance, self._layout, section.ratio, section.structure, section.round_to)
+        surgery = Surgery(self._model, self._source.anatomy, self._layout, kept)
+        with clock.part("student"):
+            build_student(self._source, surgery, self._batches if section.compensate else (), None, clock, lambda _: None)
+        counts = [int(indices.shape[-1]) for indices in kept]
+        return surgery.student, {"kept": counts, "seconds": {"importance": self._seconds[section.method], **clock.seconds}}
 
-def pruned(model: PreTrainedModel, section: PruneSection, batches: list[Batch]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    clock = Clock()
-    result = prune_model(BlocksInMemory(model, anatomy_of(model)), section, batches, Places(None, None), clock, lambda _: None)
-    kept = {name: value for name, value in result.summary.items() if name.endswith("_after")}
-    return result.student, {"kept": kept, "seconds": clock.seconds}
+    def torch_pruning(self, ratio: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Torch-Pruning's GroupTaylorImportance on MLP channels, as uniform as ours, in multiples of 32."""
+        import torch_pruning as tp
+
+        if self._with_gradients is None:
+            self._with_gradients = copy.deepcopy(self._model).requires_grad_(True)
+            for ids, mask in self._batches:
+                labels = torch.where(mask.bool(), ids, -100)
+                self._with_gradients(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        student: Any = copy.deepcopy(self._with_gradients)
+        student.config.use_cache = False  # it follows tensors through the output, and a cache is none
+        for own, other in zip(student.parameters(), self._with_gradients.parameters(), strict=True):
+            own.grad = other.grad
+        blocks = student.model.layers
+        expand = {module for block in blocks for module in (block.mlp.gate_proj, block.mlp.up_proj)}
+        channels = blocks[0].mlp.gate_proj.out_features
+        share = ratio * sum(p.numel() for p in blocks.parameters()) / (len(blocks) * 3 * blocks[0].mlp.gate_proj.weight.numel())
+        pruner = tp.pruner.BasePruner(
+            student,
+            example_inputs=torch.arange(1, 9)[None],
+            importance=tp.importance.GroupTaylorImportance(),
+            pruning_ratio=round(share * channels / 32) * 32 / channels,
+            ignored_layers=[part for part in student.modules() if isinstance(part, torch.nn.Linear) and part not in expand],
+        )
+        pruner.step()
+        return student.eval(), {"kept": [blocks[0].mlp.gate_proj.out_features]}
 
 
 def interval(one: Perplexity, other: Perplexity) -> list[float]:
@@ -141,51 +167,31 @@ def main() -> None:
         }
 
     print(json.dumps({"dense": {name: found.value for name, found in measure(model).items()}}), flush=True)
-    for ratio in arguments.ratios:
-        defaults: dict[str, Perplexity] = {}
-        for calibration in arguments.calibration:
-            on = arguments.domain if calibration == "domain" else "general"
-            batches = batches_of(sets.calibration[on], tokenizer.pad_token_id)
-            for row in arguments.rows:
-                if row in READ_NOTHING and calibration != arguments.calibration[0]:
-                    continue
-                if row == "torch_pruning" and importlib.util.find_spec(row) is None:
-                    continue
-                report(row, calibration, ratio, arguments.domain, model, batches, measure, defaults)
-
-
-def report(
-    row: str,
-    calibration: str,
-    ratio: float,
-    domain: str,
-    model: PreTrainedModel,
-    batches: list[Batch],
-    measure: Callable[[PreTrainedModel], dict[str, Perplexity]],
-    defaults: dict[str, Perplexity],
-) -> None:
-    """Prune, measure, print; the first default on the domain is what the others are compared with."""
-    began = time.monotonic()
-    if row == "torch_pruning":
-        student, facts = torch_pruning(model, ratio, batches), {}
-    else:
-        student, facts = pruned(model, PruneSection.model_validate({"ratio": ratio, **ROWS[row]}), batches)
-    seconds = time.monotonic() - began
-    removed = 1 - block_parameters(student, anatomy_of(model)) / block_parameters(model, anatomy_of(model))
-    found = measure(student)
-    if row == "default":
-        defaults.setdefault("default", found[domain])
-    line = {
-        "row": row,
-        "calibration": calibration,
-        "ratio": ratio,
-        "removed": removed,
-        "perplexity": {name: value.value for name, value in found.items()},
-        "to_default": interval(found[domain], defaults["default"]) if defaults else None,
-        "seconds": seconds,
-        **facts,
-    }
-    print(json.dumps(line), flush=True)
+    defaults: dict[float, Perplexity] = {}
+    for calibration in arguments.calibration:
+        on = arguments.domain if calibration == "domain" else "general"
+        pruner = Pruner(model, batches_of(sets.calibration[on], tokenizer.pad_token_id))
+        for row in arguments.rows:
+            if row in READ_NOTHING and calibration != arguments.calibration[0]:
+                continue
+            if row == "torch_pruning" and importlib.util.find_spec(row) is None:
+                continue
+            for ratio in arguments.ratios:
+                section = PruneSection.model_validate({"ratio": ratio, **ROWS.get(row, {})})
+                student, facts = pruner.torch_pruning(ratio) if row == "torch_pruning" else pruner.ours(section)
+                found = measure(student)
+                if row == "default":
+                    defaults.setdefault(ratio, found[arguments.domain])
+                line = {
+                    "row": row,
+                    "calibration": calibration,
+                    "ratio": ratio,
+                    "removed": 1 - block_parameters(student, anatomy_of(student)) / block_parameters(model, anatomy_of(model)),
+                    "perplexity": {name: value.value for name, value in found.items()},
+                    "to_default": interval(found[arguments.domain], defaults[ratio]) if ratio in defaults else None,
+                    **facts,
+                }
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
