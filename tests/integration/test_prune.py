@@ -9,6 +9,7 @@ from tiny_run import COMMON, COOKING, MATHS
 from finescope.analysis.frames import frame_of
 from finescope.analysis.pruning import agreement
 from finescope.models.anatomy import anatomy_of
+from finescope.models.blocks import BlocksInMemory
 from finescope.models.load import load_model
 from finescope.pruning.general import Head
 from finescope.pruning.head_latents import head_activations
@@ -71,7 +72,7 @@ def test_codes_and_activations_are_in_the_order_of_the_documents(finished: Finis
     model = load_model(reference)
     for tokens, active in zip(documents.tokens, found, strict=True):
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(model.device)
-        alone = head_activations(model, anatomy_of(model), heads, [(ids, torch.ones_like(ids))], lambda _: None)
+        alone = head_activations(BlocksInMemory(model, anatomy_of(model)), heads, [(ids, torch.ones_like(ids))], lambda _: None)
         np.testing.assert_allclose(active, alone[0], rtol=1e-4)
 
 
