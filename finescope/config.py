@@ -152,8 +152,13 @@ class PruneSection(Section):
 
     ratio: float = Field(default=0.35, ge=0.0, lt=1.0, description="share of the block parameters (embeddings not counted)")
     method: Literal["taylor", "magnitude", "random"] = "taylor"
-    structure: Literal["auto"] | tuple[Literal["heads", "mlp", "experts"], ...] = Field(
-        default="auto", description="auto: all that the model has, split by estimated loss"
+    structure: Literal["auto"] | tuple[Literal["heads", "mlp", "experts", "blocks"], ...] = Field(
+        default="auto",
+        description="auto: all that the model's blocks have, split by estimated loss; blocks: whole ones leave first, as many as "
+        "the ratio holds, and the others fill the rest",
+    )
+    rounds: int = Field(
+        default=1, ge=1, description="rounds of pruning and training in turns, which reach the ratio in equal factors"
     )
     allocation: Literal["uniform"] = Field(default="uniform", description="the same sizes in every block")
     compensate: bool = Field(default=True, description="re-fit the kept output weights by ridge least squares")
@@ -167,8 +172,18 @@ class PruneSection(Section):
     @classmethod
     def _names_a_structure(cls, value: Any) -> Any:
         if not value:
-            raise ValueError("expected auto, or at least one of heads, mlp and experts")
+            raise ValueError("expected auto, or at least one of heads, mlp, experts and blocks")
         return value
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether whole blocks leave."""
+        return "blocks" in self.structure
+
+    @property
+    def within_blocks(self) -> Literal["auto"] | tuple[Literal["heads", "mlp", "experts"], ...]:
+        """What leaves inside of the blocks that stay; empty: nothing."""
+        return "auto" if self.structure == "auto" else tuple(kind for kind in self.structure if kind != "blocks")
 
 
 class DistillSection(Section):

@@ -17,8 +17,8 @@ from finescope.analysis.digest import BACKGROUND
 from finescope.analysis.frames import frame_of, frames_of, sample_of
 from finescope.analysis.sae_section import sae_section
 from finescope.analysis.table import closing_grid, shown
-from finescope.config import ALL_STEPS
 from finescope.manifest import Manifest, now
+from finescope.rounds import in_order, kind_of
 
 REPORT = "report.html"
 _EXAMPLES = 8
@@ -54,7 +54,7 @@ def write_report(output: str, manifests: Mapping[str, Manifest], to_uri: str) ->
 
 def render(output: str, manifests: Mapping[str, Manifest]) -> str:
     """The report as HTML. All text of the corpus is escaped; only the charts are inserted as they are."""
-    run = _Run({name: manifests[name] for name in ALL_STEPS if name in manifests and name != "report"})
+    run = _Run({name: manifests[name] for name in in_order(manifests) if name != "report"})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"count": _count, "percent": _percent, "seconds": _seconds}
     source = importlib.resources.files("finescope.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -181,7 +181,12 @@ def _pruned(run: _Run) -> dict[str, Any] | None:
     groups = summaries.pruned_groups(importance)
     maps = {
         title: summaries.importance_map(importance, kind, _CELLS)
-        for kind, title in (("heads", "key/value heads"), ("experts", "experts"), ("mlp", "MLP channels"))
+        for kind, title in (
+            ("blocks", "blocks"),
+            ("heads", "key/value heads"),
+            ("experts", "experts"),
+            ("mlp", "MLP channels"),
+        )
         if kind in groups["kind"]
     }
     totals = groups.group_by("kind").agg(
@@ -194,7 +199,24 @@ def _pruned(run: _Run) -> dict[str, Any] | None:
         "kinds": totals.sort("kind").to_dicts(),
         "layers": groups.to_dicts(),
         "facts": run.facts("prune"),
+        "rounds": _rounds(run),
     }
+
+
+def _rounds(run: _Run) -> list[dict[str, Any]]:
+    """What each round of pruning took, of the model that it was given and of the base; empty where there was one."""
+    numbered = [name for name in run.manifests if kind_of(name) == "prune"]
+    rounds = [run.facts(name) for name in numbered]
+    return [
+        {
+            "step": name,
+            "parameters": facts["parameters_after"],
+            "of_input": facts.get("of_input", facts)["ratio_reached"],
+            "of_base": facts["ratio_reached"],
+        }
+        for name, facts in zip(numbered, rounds, strict=True)
+        if len(rounds) > 1
+    ]
 
 
 def _rewrites(run: _Run) -> dict[str, Any] | None:

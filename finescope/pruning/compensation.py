@@ -20,9 +20,18 @@ from finescope.pruning.stream import Stream, attention_inputs, block_pass, mlp_a
 
 
 def compensate(
-    model: PreTrainedModel, student: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batch], progress: Progress
+    model: PreTrainedModel,
+    student: PreTrainedModel,
+    anatomy: Anatomy,
+    origins: Sequence[int],
+    batches: Sequence[Batch],
+    progress: Progress,
 ) -> list[Refit]:
     """Re-fit `student` in place, block by block: the down maps always, the attention's output map where there are fewer heads.
+
+    `origins` are the blocks of `model` that those of the student were, 0-based. Where blocks have left, the block before them
+    makes up for them: it is to hand on what the next block that stays, or the final norm, got from the last of them. What the
+    first blocks did is left to the first that stays.
 
     In memory at a time, for all calibration tokens: three hidden states, and the inputs of one map or, of experts, three hidden
     states more. Padding and position 0 (the attention sink, whose norm would outweigh all others) are left out of the fit.
@@ -36,16 +45,21 @@ def compensate(
         raise StepFailed("compensation: no calibration document has two tokens")
     num_tokens = sum(int(mask.sum()) for _, mask in batches)
     dense, pruned = open_stream(model, anatomy, batches), open_stream(student, anatomy, batches)
-    pairs = list(zip(blocks_of(model, anatomy), blocks_of(student, anatomy), strict=True))
+    blocks, student_blocks = blocks_of(model, anatomy), blocks_of(student, anatomy)
+    for gone in range(origins[0]):
+        _advance(blocks[gone], anatomy, dense, gone, keep_middle=False)
     refits: list[Refit] = []
-    for layer, (block, student_block) in enumerate(pairs):
+    for layer, (origin, end) in enumerate(zip(origins, (*origins[1:], len(blocks)), strict=True)):
+        block, student_block = blocks[origin], student_blocks[layer]
         fewer_heads = _heads_width(block, anatomy) > _heads_width(student_block, anatomy)
-        middle = _advance(block, anatomy, dense, layer, fewer_heads)
+        middle = _advance(block, anatomy, dense, origin, fewer_heads)
+        for gone in range(origin + 1, end):
+            _advance(blocks[gone], anatomy, dense, gone, keep_middle=False)
         if fewer_heads:
             refits.append(_refit_attention(student_block, anatomy, pruned, layer, middle, chosen))
         refit_mlp = refit_experts if has_experts(student_block, anatomy) else _refit_mlp
         refits.append(refit_mlp(student_block, anatomy, pruned, layer, dense.hidden, chosen))
-        progress(num_tokens * (layer + 1) // len(pairs) - num_tokens * layer // len(pairs))
+        progress(num_tokens * (layer + 1) // len(origins) - num_tokens * layer // len(origins))
     return refits
 
 

@@ -1,4 +1,4 @@
-"""Prune a model for a domain: importance, allocation, surgery, compensation. Saving and verifying are the caller's."""
+"""Prune a model for a domain: depth, importance, allocation, surgery, compensation. Saving and verifying are the caller's."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from finescope.models.anatomy import Anatomy
 from finescope.models.groups import Layout, layout_of
 from finescope.pruning.allocation import choose
 from finescope.pruning.compensation import compensate
-from finescope.pruning.groups import Kept
+from finescope.pruning.depth import choose_blocks
+from finescope.pruning.groups import Kept, all_of
 from finescope.pruning.importance import Batch, Importance, Progress, magnitude_importance, random_importance, taylor_importance
 from finescope.pruning.ridge import Refit
-from finescope.pruning.surgery import cut
+from finescope.pruning.surgery import cut, without_blocks
 from finescope.schemas import IMPORTANCE, conform
 
 
@@ -42,10 +43,20 @@ def prune_model(
     """
     assert not model.training
     layout = layout_of(model, anatomy)
-    importance = _importance(model, anatomy, layout, section, batches, progress)
-    kept = choose(importance, layout, section.ratio, section.structure, section.round_to)
-    student = cut(model, anatomy, layout, kept)
-    refits = compensate(model, student, anatomy, batches, progress) if _refits(section) else []
+    depth = None
+    if section.removes_blocks:
+        depth = choose_blocks(model, anatomy, batches, section.ratio, bool(section.within_blocks), progress)
+    origins = tuple(range(layout.num_layers)) if depth is None else depth.kept
+    shallower = model if depth is None else without_blocks(model, anatomy, origins)
+    inner = layout_of(shallower, anatomy)
+    importance = _importance(shallower, anatomy, inner, section, batches, progress) if section.within_blocks else None
+    kept = all_of(inner)
+    if importance is not None:
+        removed = layout.block_params - inner.block_params
+        rest = (section.ratio - removed / layout.block_params) * (layout.block_params / inner.block_params)
+        kept = choose(importance, inner, max(0.0, rest), section.within_blocks, section.round_to, required=not removed)
+    student = cut(shallower, anatomy, inner, kept)
+    refits = compensate(model, student, anatomy, origins, batches, progress) if _refits(section) else []
     after = layout_of(student, anatomy)
     summary = {
         "parameters_before": layout.model_params,
@@ -60,19 +71,24 @@ def prune_model(
         "calibration_documents": sum(len(mask) for _, mask in batches),
         "calibration_tokens": _num_tokens(batches),
         "compensated": bool(refits),
-        **_experts(importance, refits),
+        **({} if depth is None else {"blocks": depth.summary()}),
+        **({} if importance is None else _experts(importance, origins)),
+        **_experts_left_out(refits),
         "refits": [refit._asdict() for refit in refits],
     }
-    return PruneResult(student, importance_table(importance, layout, kept), summary)
+    tables = [] if depth is None else [depth.rows()]
+    tables += [] if importance is None else [importance_table(importance, inner, kept, origins)]
+    return PruneResult(student, pa.concat_tables(tables).sort_by("layer"), summary)
 
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
-    """What `progress` sums to: the calibration tokens once for Taylor importance and once for compensation."""
-    return num_tokens * ((section.method == "taylor") + _refits(section))
+    """What `progress` sums to: the calibration tokens once for each of depth, Taylor importance and compensation."""
+    taylor = section.method == "taylor" and bool(section.within_blocks)
+    return num_tokens * (section.removes_blocks + taylor + _refits(section))
 
 
-def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.Table:
-    """One row a group, ordered by layer, kind and index.
+def importance_table(importance: Importance, layout: Layout, kept: Kept, origins: Sequence[int]) -> pa.Table:
+    """One row a group, ordered by layer, kind and index. `origins` are the layers that those of `layout` are of, 0-based.
 
     A channel c of expert e is group e * channels + c. Its parameters are also those of the expert: where that leaves, none of
     its channels is kept.
@@ -87,7 +103,7 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.T
             np.put_along_axis(stays, kept[index][position], True, axis=1)
             if groups.by_expert:
                 stays &= np.isin(np.arange(groups.rows), kept[layout.find("experts", layer)[0]][position])[:, None]
-            columns["layer"].append(np.full(stays.size, layer + 1))
+            columns["layer"].append(np.full(stays.size, origins[layer] + 1))
             columns["kind"].append(np.full(stays.size, groups.kind))
             columns["group_index"].append(np.arange(stays.size))
             columns["importance"].append(importance.values[index][position].reshape(-1))
@@ -109,9 +125,9 @@ def _importance(
 
 
 def _sizes(layout: Layout, when: str) -> dict[str, int]:
-    """What a block has of each kind."""
+    """How many blocks there are, and what one has of each kind."""
     names = {("mlp", False): "mlp_channels", ("mlp", True): "expert_channels", ("experts", False): "experts"}
-    sizes = {"query_heads": layout.heads.num_query, "kv_heads": layout.heads.num_kv}
+    sizes = {"blocks": layout.num_layers, "query_heads": layout.heads.num_query, "kv_heads": layout.heads.num_kv}
     sizes |= {
         names[groups.kind, groups.by_expert]: groups.number
         for groups in layout.groups
@@ -120,17 +136,18 @@ def _sizes(layout: Layout, when: str) -> dict[str, int]:
     return {f"{name}_{when}": size for name, size in sizes.items()}
 
 
-def _experts(importance: Importance, refits: Sequence[Refit]) -> dict[str, Any]:
+def _experts(importance: Importance, origins: Sequence[int]) -> dict[str, Any]:
     """How the calibration set uses a mixture of experts; empty for a dense model."""
-    tokens, facts = importance.expert_tokens, {}
-    if tokens:
-        unused = {layer + 1: np.flatnonzero(counts == 0).tolist() for layer, counts in tokens.items()}
-        facts["experts_without_tokens"] = sum(map(len, unused.values()))
-        facts["unused_experts"] = {str(layer): experts for layer, experts in unused.items() if experts}
+    if not importance.expert_tokens:
+        return {}
+    unused = {origins[layer] + 1: np.flatnonzero(counts == 0).tolist() for layer, counts in importance.expert_tokens.items()}
+    named = {str(layer): experts for layer, experts in unused.items() if experts}
+    return {"experts_without_tokens": sum(map(len, unused.values())), "unused_experts": named}
+
+
+def _experts_left_out(refits: Sequence[Refit]) -> dict[str, int]:
     left_out = [refit.experts_left_out for refit in refits if refit.experts_left_out is not None]
-    if left_out:
-        facts["experts_not_refitted"] = sum(left_out)
-    return facts
+    return {"experts_not_refitted": sum(left_out)} if left_out else {}
 
 
 def _refits(section: PruneSection) -> bool:

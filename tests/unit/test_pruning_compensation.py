@@ -12,6 +12,7 @@ from finescope.pruning.ridge import Moments, OutputMap, ridge
 from finescope.pruning.surgery import cut
 
 BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8)))
+ALL = (0, 1, 2)  # no block has left
 FEWER, ONLY_MLP = {"heads": 2, "mlp": 20}, {"mlp": 20}
 
 
@@ -130,7 +131,7 @@ def test_streamed_equals_naive(family, counts):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     original = {name: value.clone() for name, value in student.state_dict().items()}
     seen = []
-    refits = compensate(model, student, anatomy, BATCHES, seen.append)
+    refits = compensate(model, student, anatomy, ALL, BATCHES, seen.append)
     naive_compensation(model, naive, anatomy)
     maps = (anatomy.output, anatomy.down) if counts is FEWER else (anatomy.down,)
     assert [refit.name for refit in refits] == [f"{anatomy.blocks}.{layer}.{name}" for layer in range(3) for name in maps]
@@ -184,7 +185,7 @@ def test_experts_are_refitted_on_their_own_tokens(family):
     counts = {"heads": 3, "mlp": 8, "experts": 3}
     batches = batches_of(((20, 15, 9), (18, 18)))
     student, naive = student_of(model, counts), student_of(model, counts)
-    refits = compensate(model, student, anatomy, batches, no_progress)
+    refits = compensate(model, student, anatomy, ALL, batches, no_progress)
     left_out = [naive_experts(model, naive, anatomy, 0, batches)]
     name = "model.layers.0.mlp.experts.down_proj"
     torch.testing.assert_close(student.state_dict()[name], naive.state_dict()[name], rtol=2e-3, atol=2e-4)
@@ -200,7 +201,7 @@ def test_experts_with_too_few_tokens_keep_their_weights():
     student = student_of(model, {"experts": 3})
     original = {name: value.clone() for name, value in student.state_dict().items()}
     # Ten tokens that count, two experts each, 40 channels.
-    refits = compensate(model, student, anatomy_of(model), batches_of(((6, 6),)), no_progress)
+    refits = compensate(model, student, anatomy_of(model), ALL, batches_of(((6, 6),)), no_progress)
     assert [refit.experts_left_out for refit in refits] == [3, 3, 3]
     assert all(refit.error_after == refit.error_before for refit in refits)
     assert all(torch.equal(value, original[name]) for name, value in student.state_dict().items())
@@ -213,7 +214,7 @@ def test_follows_the_dense_model_on_other_documents(family, most):
     model = tiny_model(family)
     calibration, other = batches_of(((30,) * 16,) * 4), batches_of(((30,) * 8,), seed=1)
     plain, fitted = (student_of(model, {"mlp": 16 if family in MIXTURES else 20}) for _ in range(2))
-    compensate(model, fitted, anatomy_of(model), calibration, no_progress)
+    compensate(model, fitted, anatomy_of(model), ALL, calibration, no_progress)
     ids, mask = other[0]
     with torch.no_grad():
         streams = (owner.get_decoder()(input_ids=ids, attention_mask=mask) for owner in (model, plain, fitted))
@@ -224,7 +225,7 @@ def test_follows_the_dense_model_on_other_documents(family, most):
 def test_a_model_with_everything_kept_stays_the_same():
     model = tiny_model("qwen3")
     student = student_of(model, {})
-    compensate(model, student, anatomy_of(model), BATCHES, no_progress)
+    compensate(model, student, anatomy_of(model), ALL, BATCHES, no_progress)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
 
@@ -239,4 +240,4 @@ def test_activations_that_are_not_finite_fail():
 def test_no_tokens_fails():
     model = tiny_model("llama")
     with pytest.raises(StepFailed, match="two tokens"):
-        compensate(model, student_of(model, FEWER), anatomy_of(model), batches_of(((1, 1),)), no_progress)
+        compensate(model, student_of(model, FEWER), anatomy_of(model), ALL, batches_of(((1, 1),)), no_progress)
