@@ -9,7 +9,6 @@ import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,11 @@ from finescope.models.load import load_meta_model
 from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
 from finescope.pipeline import placed, steps_of
+from finescope.processes import available_memory
+from finescope.pruning.depth import DOCUMENTS, passes
+from finescope.rounds import rounds_of
+from finescope.runners.base import Reporter
+from finescope.stages.cautions import cautions_of
 from finescope.steps import Step
 
 # Bytes of text a token, for estimates before anything is tokenised.
@@ -82,6 +86,7 @@ def costs(recipe: Recipe) -> list[Cost]:
         Cost("model", 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
         *_dictionary_costs(recipe, corpus, model, _passing(recipe, corpus, plan.get("screen"))),
         *_model_costs(recipe, corpus, model),
+        *_round_costs(recipe, corpus, model),
     ]
     of_step = {cost.step: cost for cost in found}
     return [
@@ -128,27 +133,8 @@ def _check_disk(output: str, left: list[Cost]) -> None:
         raise ResourceError(f"{place} has {_gb(free)} free; the plan needs about {_gb(needed)} (`finescope plan`)")
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that a new process could take on this machine; None where the system does not tell.
-
-    Of a container's use the file cache that the kernel would drop first is not counted: a run that has just read its
-    corpus would fill the container with it.
-    """
-    found = []
-    information = root / "proc/meminfo"
-    if information.exists():
-        lines = dict(line.split(":", 1) for line in information.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    group = root / "sys/fs/cgroup"
-    limit, used, details = group / "memory.max", group / "memory.current", group / "memory.stat"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        counts = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
-        found.append(int(limit.read_text()) - int(used.read_text()) + int(counts.get("inactive_file", 0)))
-    return min(found, default=None)
-
-
-def show(recipe: Recipe, as_json: bool) -> None:
-    """Print the plan on stdout, then hold it against the machine."""
+def show(recipe: Recipe, as_json: bool, reporter: Reporter) -> None:
+    """Print the plan on stdout, tell `reporter` what speaks against it, and hold it against the machine."""
     planned = costs(recipe)
     if as_json:
         print(json_.dumps([asdict(cost) for cost in planned], indent=2))  # noqa: T201
@@ -163,6 +149,9 @@ def show(recipe: Recipe, as_json: bool) -> None:
             sizes = (f"{cost.documents:,}", f"{cost.tokens:,}", flops, _gb(cost.memory_bytes), _gb(disk))
             table.add_row(cost.step, state, *sizes)
         Console(width=100).print(table)
+    for file in recipe.seeds.files:
+        for caution in cautions_of(placed(recipe), file):
+            reporter.warn(f"{file.domain}: {caution}" if file.domain else caution)
     check_resources(recipe)
 
 
@@ -271,16 +260,25 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
             _PROCESS + training + head,
             students + (2 * training if distill.method == "full" else students // 4),
         ),
-        Cost(
-            "evaluate",
-            2 * evaluate.documents,
-            sets,
-            2.0 * full * sets,
-            _PROCESS + model.weight_bytes + head,
-            0,
-        ),
+        Cost("evaluate", 2 * evaluate.documents, sets, 2.0 * full * sets, _PROCESS + model.weight_bytes + head, 0),
         Cost("report", 0, 0, 0.0, _PROCESS // 4, 1_000_000),
     ]
+
+
+def _round_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
+    """`prune` and `distill` of each round: those of a recipe of that round alone, which rewrites in the first. A later round is
+    given a smaller model than is counted here."""
+    found: list[Cost] = []
+    for turn in rounds_of(recipe.prune, recipe.distill):
+        training = turn.training.model_copy(update={"rewrite": turn.training.rewrite and turn.before is None})
+        alone = recipe.model_copy(update={"prune": turn.pruning, "distill": training})
+        cost = {cost.step: cost for cost in _model_costs(alone, corpus, model)}
+        flops = cost["prune"].flops
+        if turn.pruning.removes_blocks:
+            tokens = min(DOCUMENTS, cost["prune"].documents) * corpus.tokens(turn.pruning.max_tokens)
+            flops += 2.0 * model.num_parameters * tokens * passes(model.num_layers, turn.pruning.ratio)
+        found += [replace(cost["prune"], step=turn.prune, flops=flops), replace(cost["distill"], step=turn.distill)]
+    return found
 
 
 def _curated(recipe: Recipe, corpus: Corpus) -> int:

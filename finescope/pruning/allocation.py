@@ -21,9 +21,7 @@ Counts = tuple[int, ...]  # for each of `Layout.groups` how many stay in a row
 _FINEST: tuple[Kind, ...] = ("mlp", "experts", "heads")
 
 
-def choose(
-    importance: Importance, layout: Layout, ratio: float, structure: Structure, round_to: int, *, required: bool
-) -> Kept:
+def choose(importance: Importance, layout: Layout, ratio: float, structure: Structure, round_to: int, *, required: bool) -> Kept:
     """The groups to keep, so that about `ratio` of the block parameters leave: within half of what one rounding step holds.
 
     With several kinds ('auto': all that the model has) each count of removed heads and experts up to `ratio` of them is tried,

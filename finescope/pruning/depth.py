@@ -21,7 +21,7 @@ from finescope.pruning.importance import Batch, Progress
 from finescope.pruning.stream import Call, Stream, open_stream
 from finescope.schemas import IMPORTANCE, conform
 
-_DOCUMENTS = 32  # calibration documents that the loss is measured on, at most
+DOCUMENTS = 32  # calibration documents that the loss is measured on, at most
 _CANDIDATES = 16  # streams that a walk carries along; after the first turn only so many blocks are tried
 _ROUNDING = 1e-9  # what a ratio may miss a whole number of blocks by, as a share of a block
 
@@ -75,7 +75,7 @@ def choose_blocks(
         StepFailed: no document has two tokens, or a loss is not finite.
     """
     sizes = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(model, anatomy))
-    probe, kept, share = _Probe(model, anatomy, _sample(batches, _DOCUMENTS)), list(range(len(sizes))), 1.0 if filled else 0.5
+    probe, kept, share = _Probe(model, anatomy, _sample(batches, DOCUMENTS)), list(range(len(sizes))), 1.0 if filled else 0.5
     num_tokens, target = sum(int(mask.sum()) for _, mask in batches), ratio * sum(sizes)
     missing, told = target, 0
 
@@ -103,6 +103,15 @@ def choose_blocks(
         raise RecipeError(f"prune.ratio {ratio} removes no block: expected 0 or at least {least:.4f}, half of a block's share")
     rises = tuple(alone[layer] - whole for layer in range(len(sizes)))
     return Depth(tuple(kept), sizes, rises, influences, tuple(losses), probe.num_predicted)
+
+
+def passes(num_layers: int, ratio: float) -> float:
+    """About how many forward passes over the documents of `choose_blocks` it takes, of a model whose blocks are alike.
+
+    A candidate costs the blocks after it, half of them on the average, and each walk the prefix.
+    """
+    walks = [num_layers] + [min(_CANDIDATES, num_layers - turn) for turn in range(1, int(ratio * num_layers))]
+    return 1 + sum(candidates / 2 + -(-candidates // _CANDIDATES) for candidates in walks)
 
 
 class _Probe:

@@ -12,7 +12,7 @@ _ONE_SHOT, _BLOCKS_ALONE = 0.5, 0.4
 # A set is of mathematics or code where this share of its texts looks like it.
 _SHARE = 0.25
 _SIGNS = re.compile(
-    r"\d\s?[+*=^×÷]\s?[\d(]"  # arithmetic: a digit, an operator, a digit. Not - and /, which dates and ranges have too
+    r"\d\s?[+*=^\u00d7\u00f7]\s?[\d(]"  # arithmetic: a digit, an operator, a digit. Not - and /, which dates and ranges have too
     r"|\d[a-z]\s?[=+]\s?-?\d|\b[a-z]\^\d"  # with a variable: 2x + 1, x^2. Not p = 0.05, which medicine writes
     r"|\\(?:frac|sqrt|sum|int|begin|left|cdot|times|mathbb|boxed)\b|\$[^$\n]*[\\^_=][^$\n]*\$"  # LaTeX
     r"|```"  # a fence of code
@@ -52,8 +52,8 @@ def cautions(section: PruneSection, sets: dict[str, list[str]]) -> list[str]:
     if section.removes_blocks:
         shares = {name: formal_share(texts) for name, texts in sets.items()}
         found += [
-            f"prune.structure has blocks, and {share:.0%} of {name} look like mathematics or code: a model that loses whole blocks "
-            "is known to lose these first; prune.structure: auto keeps all blocks"
+            f"prune.structure has blocks, and {share:.0%} of {name} look like mathematics or code: a model that loses whole "
+            "blocks is known to lose these first; prune.structure: auto keeps all blocks"
             for name, share in shares.items()
             if share >= _SHARE
         ]
@@ -61,5 +61,5 @@ def cautions(section: PruneSection, sets: dict[str, list[str]]) -> list[str]:
 
 
 def formal_share(texts: Sequence[str]) -> float:
-    """The share of texts that have a sign of mathematics or code: arithmetic with digits, LaTeX, a fence or a statement of code."""
+    """The share of texts with a sign of mathematics or code: arithmetic with digits, LaTeX, a fence or a statement of code."""
     return sum(_SIGNS.search(text) is not None for text in texts) / max(len(texts), 1)
