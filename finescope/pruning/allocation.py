@@ -30,7 +30,8 @@ def choose(importance: Importance, layout: Layout, ratio: float, structure: Stru
     `required`: a ratio above 0 must remove something.
 
     Raises:
-        RecipeError: the ratio cannot be reached or removes nothing though it must, or `structure` names a kind that the model cannot lose.
+        RecipeError: the ratio cannot be reached, or removes nothing though it must, or `structure` names a kind that the model
+            cannot lose.
     """
     kinds = kinds_of(layout, structure)
     whole = tuple(groups.number for groups in layout.groups)

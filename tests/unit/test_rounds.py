@@ -40,7 +40,12 @@ def test_each_round_keeps_the_same_share_of_what_it_finds():
 
 
 def test_names_of_steps_with_rounds_and_domains():
-    labels = {("prune-1", ""): "prune-1", ("prune-12", "law"): "prune-12-law", ("prune", "law"): "prune-law", ("prune", ""): "prune"}
+    labels = {
+        ("prune-1", ""): "prune-1",
+        ("prune-12", "law"): "prune-12-law",
+        ("prune", "law"): "prune-law",
+        ("prune", ""): "prune",
+    }
     for (step, domain), label in labels.items():
         assert label_of(step, domain) == label
         assert step_and_domain(label) == (step, domain)
@@ -52,7 +57,19 @@ def test_names_of_steps_with_rounds_and_domains():
 
 
 def test_rounds_stand_between_curate_and_evaluate_in_turns():
-    steps = {"report", "distill", "evaluate", "distill-10", "prune", "distill-2", "prune-10", "prune-2", "curate", "screen", "index"}
+    steps = {
+        "report",
+        "distill",
+        "evaluate",
+        "distill-10",
+        "prune",
+        "distill-2",
+        "prune-10",
+        "prune-2",
+        "curate",
+        "screen",
+        "index",
+    }
     turns = ["prune-2", "distill-2", "prune-10", "distill-10", "prune", "distill"]
     assert in_order(steps) == ["index", "screen", "curate", *turns, "evaluate", "report"]
     assert in_order(reversed(STEPS)) == list(STEPS)
