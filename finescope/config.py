@@ -147,6 +147,9 @@ class CurateSection(Section):
         return self.deduplicate in (True, "near")
 
 
+_WITHIN_BLOCKS: tuple[Literal["heads", "mlp", "experts"], ...] = ("heads", "mlp", "experts")
+
+
 class PruneSection(Section):
     """How much of the blocks is removed, and how it is chosen."""
 
@@ -183,7 +186,7 @@ class PruneSection(Section):
     @property
     def within_blocks(self) -> Literal["auto"] | tuple[Literal["heads", "mlp", "experts"], ...]:
         """What leaves inside of the blocks that stay; empty: nothing."""
-        return "auto" if self.structure == "auto" else tuple(kind for kind in self.structure if kind != "blocks")
+        return "auto" if self.structure == "auto" else tuple(kind for kind in _WITHIN_BLOCKS if kind in self.structure)
 
 
 class DistillSection(Section):

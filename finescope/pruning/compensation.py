@@ -29,9 +29,8 @@ def compensate(
 ) -> list[Refit]:
     """Re-fit `student` in place, block by block: the down maps always, the attention's output map where there are fewer heads.
 
-    `origins` are the blocks of `model` that those of the student were, 0-based. Where blocks have left, the block before them
-    makes up for them: it is to hand on what the next block that stays, or the final norm, got from the last of them. What the
-    first blocks did is left to the first that stays.
+    `origins` are the blocks of `model` that those of the student were, 0-based. Each is fitted to the dense stream after the block
+    that it was, so that the first after a gap makes up for the blocks that have left; the last makes up for those after it.
 
     In memory at a time, for all calibration tokens: three hidden states, and the inputs of one map or, of experts, three hidden
     states more. Padding and position 0 (the attention sink, whose norm would outweigh all others) are left out of the fit.
@@ -46,11 +45,12 @@ def compensate(
     num_tokens = sum(int(mask.sum()) for _, mask in batches)
     dense, pruned = open_stream(model, anatomy, batches), open_stream(student, anatomy, batches)
     blocks, student_blocks = blocks_of(model, anatomy), blocks_of(student, anatomy)
-    for gone in range(origins[0]):
-        _advance(blocks[gone], anatomy, dense, gone, keep_middle=False)
+    ends = (*(origin + 1 for origin in origins[:-1]), len(blocks))  # where the dense stream is that a block is fitted to
     refits: list[Refit] = []
-    for layer, (origin, end) in enumerate(zip(origins, (*origins[1:], len(blocks)), strict=True)):
+    for layer, (origin, end) in enumerate(zip(origins, ends, strict=True)):
         block, student_block = blocks[origin], student_blocks[layer]
+        for gone in range(ends[layer - 1] if layer else 0, origin):
+            _advance(blocks[gone], anatomy, dense, gone, keep_middle=False)
         fewer_heads = _heads_width(block, anatomy) > _heads_width(student_block, anatomy)
         middle = _advance(block, anatomy, dense, origin, fewer_heads)
         for gone in range(origin + 1, end):

@@ -283,22 +283,16 @@ def test_a_re_fit_brings_the_shallower_model_nearer_to_the_dense_one(family, kep
         assert after < before
 
 
-def test_the_block_before_a_gap_hands_on_what_the_next_one_got():
-    model = tiny_model("llama")
-    student = shallow_student(model, (0, 2))
-    first, _ = compensate(model, student, anatomy_of(model), (0, 2), BATCHES, no_progress)
-    # The streams before the first block's MLP are the same; what is missing after it is all that the second block adds.
-    missing, target = [], []
-    for ids, mask in BATCHES:
-        seen = {}
-        mlp = blocks_of(model, anatomy_of(model))[0].mlp
-        handle = mlp.register_forward_hook(lambda _, inputs, output, seen=seen: seen.update(mlp=output))
-        with torch.no_grad():
-            states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        handle.remove()
-        chosen_here = mask.bool() & (torch.arange(mask.shape[1]) > 0)
-        missing.append((states[2] - states[1])[chosen_here])
-        target.append((states[2] - states[1] + seen["mlp"])[chosen_here])
-    scale = torch.cat(target).square().sum().item()
-    assert first.error_before == pytest.approx(torch.cat(missing).square().sum().item() / scale, rel=1e-4)
-    assert first.error_after < first.error_before
+@pytest.mark.parametrize("kept", [(0, 2), (0, 1)])
+def test_the_block_after_a_gap_or_the_last_one_makes_up_for_it(kept):
+    model, added = tiny_model("llama"), []
+    plain, fitted = shallow_student(model, kept), shallow_student(model, kept)
+    first, last = compensate(model, fitted, anatomy_of(model), kept, BATCHES, no_progress)
+    assert first.error_before == pytest.approx(0, abs=1e-10), "nothing is missing before the gap"
+    handle = blocks_of(plain, anatomy_of(plain))[1].mlp.register_forward_hook(lambda _, inputs, output: added.append(output))
+    missing = final_states(model) - final_states(plain)
+    handle.remove()
+    masks = [mask.bool() & (torch.arange(mask.shape[1]) > 0) for _, mask in BATCHES]
+    target = missing + torch.cat([output[mask] for output, mask in zip(added, masks, strict=True)])
+    assert last.error_before == pytest.approx((missing.square().sum() / target.square().sum()).item(), rel=1e-4)
+    assert last.error_after < last.error_before
