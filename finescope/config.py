@@ -4,7 +4,7 @@ in `config_sae` and `config_screen`.
 What changes a result lives in a step's section; what does not lives in `compute`, which moves no output.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -147,7 +147,8 @@ class CurateSection(Section):
         return self.deduplicate in (True, "near")
 
 
-_WITHIN_BLOCKS: tuple[Literal["heads", "mlp", "experts"], ...] = ("heads", "mlp", "experts")
+WithinBlocks = Literal["heads", "mlp", "experts"]
+_WITHIN_BLOCKS: tuple[WithinBlocks, ...] = get_args(WithinBlocks)
 
 
 class PruneSection(Section):
@@ -184,9 +185,10 @@ class PruneSection(Section):
         return "blocks" in self.structure
 
     @property
-    def within_blocks(self) -> Literal["auto"] | tuple[Literal["heads", "mlp", "experts"], ...]:
+    def within_blocks(self) -> Literal["auto"] | tuple[WithinBlocks, ...]:
         """What leaves inside of the blocks that stay; empty: nothing."""
-        return "auto" if self.structure == "auto" else tuple(kind for kind in _WITHIN_BLOCKS if kind in self.structure)
+        named: tuple[WithinBlocks, ...] = tuple(kind for kind in _WITHIN_BLOCKS if kind in self.structure)
+        return "auto" if self.structure == "auto" else named
 
 
 class DistillSection(Section):

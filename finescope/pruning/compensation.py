@@ -29,8 +29,8 @@ def compensate(
 ) -> list[Refit]:
     """Re-fit `student` in place, block by block: the down maps always, the attention's output map where there are fewer heads.
 
-    `origins` are the blocks of `model` that those of the student were, 0-based. Each is fitted to the dense stream after the block
-    that it was, so that the first after a gap makes up for the blocks that have left; the last makes up for those after it.
+    `origins` are the blocks of `model` that those of the student were, 0-based. Each is fitted to the dense stream after the
+    block that it was, so that the first after a gap makes up for the blocks that have left; the last makes up for those after it.
 
     In memory at a time, for all calibration tokens: three hidden states, and the inputs of one map or, of experts, three hidden
     states more. Padding and position 0 (the attention sink, whose norm would outweigh all others) are left out of the fit.
