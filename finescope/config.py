@@ -155,7 +155,9 @@ class PruneSection(Section):
     """How much of the blocks is removed, and how it is chosen."""
 
     ratio: float = Field(default=0.35, ge=0.0, lt=1.0, description="share of the block parameters (embeddings not counted)")
-    method: Literal["taylor", "magnitude", "random"] = "taylor"
+    method: Literal["taylor", "taylor_second", "activation", "wifv", "magnitude", "random"] = Field(
+        default="taylor", description="importance; taylor: LLM-Pruner, of first or second order; activation: Minitron; wifv: FLAP"
+    )
     structure: Literal["auto"] | tuple[Literal["heads", "mlp", "experts", "blocks"], ...] = Field(
         default="auto",
         description="auto: all that the model's blocks have, split by estimated loss; blocks: whole ones leave first, as many as "

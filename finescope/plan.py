@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from finescope import steps, storage
 from finescope.config import Recipe
@@ -27,10 +28,11 @@ from finescope.models.size import Size, size_of
 from finescope.models.source import resolve as resolve_model
 from finescope.pipeline import placed, steps_of
 from finescope.processes import available_memory
-from finescope.pruning.depth import DOCUMENTS, passes
+from finescope.pruning.cost import prune_cost
 from finescope.rounds import rounds_of
 from finescope.runners.base import Reporter
 from finescope.stages.cautions import cautions_of
+from finescope.stages.prune import BATCH_TOKENS
 from finescope.steps import Step
 
 # Bytes of text a token, for estimates before anything is tokenised.
@@ -79,14 +81,15 @@ def costs(recipe: Recipe) -> list[Cost]:
     plan = steps_of(recipe)
     corpus = _corpus(recipe, steps.finished(plan["index"], output))
     source = resolve_model(recipe.model)
-    model = size_of(load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code), recipe.model.dtype)
+    meta = load_meta_model(source, trust_remote_code=recipe.model.trust_remote_code)
+    model = size_of(meta, recipe.model.dtype)
     copied = model.weight_bytes if source.kind == "gguf" else 0
     found = [
         Cost("index", corpus.documents, 0, 0.0, _PROCESS, 0),
         Cost("model", 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
         *_dictionary_costs(recipe, corpus, model, _passing(recipe, corpus, plan.get("screen"))),
         *_model_costs(recipe, corpus, model),
-        *_round_costs(recipe, corpus, model),
+        *_round_costs(recipe, corpus, model, meta),
     ]
     of_step = {cost.step: cost for cost in found}
     return [
@@ -223,12 +226,24 @@ def _curate_cost(recipe: Recipe, corpus: Corpus) -> Cost:
     return Cost("curate", curated, 0, 0.0, _PROCESS, int(curated * corpus.mean_bytes), scratch_bytes=int(read * row))
 
 
+def _prune_cost(recipe: Recipe, corpus: Corpus, model: Size, meta: PreTrainedModel) -> Cost:
+    """`prune`: one block of the model at a time."""
+    documents, longest = min(recipe.prune.documents, _curated(recipe, corpus)), corpus.tokens(recipe.prune.max_tokens)
+    tokens = documents * longest
+    cost = prune_cost(meta, recipe.prune, model.bytes_per_parameter, tokens, longest, BATCH_TOKENS)
+    student = int(model.weight_bytes * _kept(recipe, model))
+    return Cost("prune", documents, tokens, cost.flops, _PROCESS + cost.memory_bytes, student, scratch_bytes=cost.scratch_bytes)
+
+
+def _kept(recipe: Recipe, model: Size) -> float:
+    """The share of all parameters that the student has."""
+    return 1 - recipe.prune.ratio * model.block_parameters / model.num_parameters
+
+
 def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
-    """`prune`, `distill`, `evaluate`, `report`: what runs the whole model over few documents."""
-    prune, distill, evaluate = recipe.prune, recipe.distill, recipe.evaluate
-    curated = _curated(recipe, corpus)
-    calibrated = min(prune.documents, curated) * corpus.tokens(prune.max_tokens)
-    kept = 1 - prune.ratio * model.block_parameters / model.num_parameters
+    """`distill`, `evaluate`, `report`: what runs the whole model over few documents."""
+    distill, evaluate = recipe.distill, recipe.evaluate
+    curated, kept = _curated(recipe, corpus), _kept(recipe, model)
     student = int(model.weight_bytes * kept)
     rewritten = int(curated * distill.rewrite_share * distill.rewrite) * (
         min(distill.rewrite_tokens, corpus.tokens(distill.rewrite_tokens)) + corpus.tokens(distill.max_tokens)
@@ -239,18 +254,9 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     sets = 2 * evaluate.documents * corpus.tokens(evaluate.max_tokens) * (3 + distill.control)
     head = 12 * min(distill.micro_batch_tokens, 1024) * model.vocab_size
     full = model.num_parameters
-    prune_flops = calibrated * full * (6.0 if prune.method == "taylor" else 0.0) + calibrated * full * 4.0 * prune.compensate
     distill_flops = 2.0 * full * rewritten + operations * kept * full * trained
     students = student * (1 + distill.control)
     return [
-        Cost(
-            "prune",
-            min(prune.documents, curated),
-            calibrated,
-            prune_flops,
-            _PROCESS + 3 * model.weight_bytes,
-            student,
-        ),
         # Two checkpoints are kept; an adapter's are small beside the students.
         Cost(
             "distill",
@@ -265,19 +271,15 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     ]
 
 
-def _round_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
+def _round_costs(recipe: Recipe, corpus: Corpus, model: Size, meta: PreTrainedModel) -> list[Cost]:
     """`prune` and `distill` of each round: those of a recipe of that round alone, which rewrites in the first. A later round is
     given a smaller model than is counted here."""
     found: list[Cost] = []
     for turn in rounds_of(recipe.prune, recipe.distill):
         training = turn.training.model_copy(update={"rewrite": turn.training.rewrite and turn.before is None})
         alone = recipe.model_copy(update={"prune": turn.pruning, "distill": training})
-        cost = {cost.step: cost for cost in _model_costs(alone, corpus, model)}
-        flops = cost["prune"].flops
-        if turn.pruning.removes_blocks:
-            tokens = min(DOCUMENTS, cost["prune"].documents) * corpus.tokens(turn.pruning.max_tokens)
-            flops += 2.0 * model.num_parameters * tokens * passes(model.num_layers, turn.pruning.ratio)
-        found += [replace(cost["prune"], step=turn.prune, flops=flops), replace(cost["distill"], step=turn.distill)]
+        distill, *_ = _model_costs(alone, corpus, model)
+        found += [replace(_prune_cost(alone, corpus, model, meta), step=turn.prune), replace(distill, step=turn.distill)]
     return found
 
 

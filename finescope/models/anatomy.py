@@ -38,6 +38,7 @@ class Anatomy:
     expand: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one fused map, or up alone where there is no gate
     down: str = "mlp.down_proj"
     experts: str | None = None  # holds the 3-D weights of all experts; a block that has it has no `expand` and `down`
+    router: str = "mlp.gate"  # of the experts
     others: tuple[str, ...] = _NORMS + _ACTIVATION  # what else may have parameters, or is a leaf
     stored_masks: tuple[str, ...] = ()  # ends of names that old checkpoints hold and today's code makes itself
     attention_norm: str | None = None  # what the attention's output goes through before it is added to the stream

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def load_model(
         if nested is not None:
             extra["key_mapping"] = nested.key_mapping
         try:
-            with _quiet():
+            with quiet():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     path,
                     config=config,
@@ -158,19 +158,21 @@ def load_model(
 
 
 def load_meta_model(origin: ModelSource | ModelReference, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights, on the meta device: enough for its anatomy and its sizes.
+    """The model without its weights, on the meta device: enough for its anatomy and its sizes. Of a reference in its dtype.
 
     Raises:
         ModelError: transformers does not know the architecture, or it is not a causal language model.
     """
+    dtype: dict[str, Any] = {}
     if isinstance(origin, ModelReference):
         config, trust_remote_code = load_config(origin), origin.trust_remote_code
+        dtype["dtype"] = getattr(torch, origin.dtype)
     else:
         config = _source_config(origin, trust_remote_code)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise ModelError(f"model '{origin.path}': '{config.model_type}' is not a causal language model")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **dtype)
 
 
 def _source_config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
@@ -194,7 +196,7 @@ def _dequantise(gguf: str, uri: str, config: PreTrainedConfig, dtype: str) -> No
     # The progress bar of this one obeys no setting.
     with (
         local_gguf(gguf) as file,
-        _quiet(),
+        quiet(),
         contextlib.redirect_stderr(io.StringIO()),
         directories.scratch_directory(uri) as target,
     ):
@@ -222,6 +224,27 @@ def _truncated(config: PreTrainedConfig, num_layers: int, reference: ModelRefere
     return with_blocks(config, range(num_layers))
 
 
+def refuse_defects(reference: ModelReference, **defects: Iterable[str]) -> None:
+    """Refuse weights that do not fit; what is wrong with them is the name of the argument that lists theirs.
+
+    Raises:
+        ModelError: a list has an entry.
+    """
+    for defect, keys in defects.items():
+        if names := sorted(keys):
+            raise ModelError(
+                f"model '{reference.path}': {len(names)} weights are {defect.replace('_', ' ')}, among them '{names[0]}'"
+            )
+
+
+def nested_names(reference: ModelReference) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """Of a text model inside a multimodal checkpoint: how its names there become its own, and how those of the rest begin."""
+    with local_files(reference.path, weights=False) as path:
+        whole = AutoConfig.from_pretrained(path, revision=reference.revision, trust_remote_code=reference.trust_remote_code)
+    nested = NESTED.get(whole.model_type)
+    return (None, ()) if nested is None else (nested.key_mapping, nested.left_out)
+
+
 def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], reference: ModelReference, left_out: tuple[str, ...]) -> None:
     anatomy = anatomy_of(model)
     # Checkpoints that were saved without a head have no prefix.
@@ -234,14 +257,12 @@ def _check_loaded(model: PreTrainedModel, loading: dict[str, Any], reference: Mo
         spare = key.startswith(left_out) or key.endswith(anatomy.stored_masks)
         return spare or (match is not None and loaded <= int(match.group(1)) < reference.num_layers)
 
-    defects = {
-        "missing": sorted(loading["missing_keys"]),
-        "unexpected": sorted(key for key in loading["unexpected_keys"] if not not_asked_for(key)),
-        "of another shape": sorted(str(entry[0]) for entry in loading["mismatched_keys"]),
-    }
-    for defect, keys in defects.items():
-        if keys:
-            raise ModelError(f"model '{reference.path}': {len(keys)} weights are {defect}, among them '{keys[0]}'")
+    refuse_defects(
+        reference,
+        missing=loading["missing_keys"],
+        unexpected=[key for key in loading["unexpected_keys"] if not not_asked_for(key)],
+        of_another_shape=[str(entry[0]) for entry in loading["mismatched_keys"]],
+    )
     if str(model.dtype) != f"torch.{reference.dtype}":
         raise ModelError(f"model '{reference.path}' was loaded as {model.dtype}, not as {reference.dtype}")
 
@@ -255,7 +276,7 @@ def _resolved_dtype(section: ModelSection, config: PreTrainedConfig, source: Mod
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and load report: what they would say is checked here."""
     log = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()

@@ -27,14 +27,15 @@ def refit_experts(
     """
     assert anatomy.experts is not None
     assert anatomy.mlp_norm is None
-    experts, name = _Experts(block.get_submodule(anatomy.experts)), f"{anatomy.blocks}.{layer}.{anatomy.experts}"
+    experts, name = Experts(block.get_submodule(anatomy.experts)), f"{anatomy.blocks}.{layer}.{anatomy.experts}"
     calls: list[tuple[Tensor, ...]] = []
     targets: list[Tensor] = []
-    for index, call in enumerate(stream.calls[layer]):
-        stream.hidden[index], arguments = mlp_arguments(block, anatomy, stream.hidden[index], call)
+    for index, hidden, call in stream.at(layer):
+        middle, arguments = mlp_arguments(block, anatomy, hidden, call)
+        stream.hidden[index] = middle.cpu()
         calls.append(arguments)
-        here = chosen[index].to(arguments[0].device)
-        missing = dense[index].float() - stream.hidden[index].float()
+        here = chosen[index].to(stream.device)
+        missing = dense[index].to(stream.device).float() - middle.float()
         targets.append((missing * here[:, :, None]).flatten(end_dim=1))  # what is not chosen has neither target nor error
     masks = [mask.reshape(-1).to(target.device) for mask, target in zip(chosen, targets, strict=True)]
 
@@ -53,11 +54,11 @@ def refit_experts(
         experts.down.copy_(original)
     for index, arguments in enumerate(calls):
         hidden = stream.hidden[index]
-        stream.hidden[index] = hidden + experts.module(*arguments).reshape(hidden.shape)
+        stream.hidden[index] = hidden + experts.module(*arguments).reshape(hidden.shape).cpu()
     return Refit(name, before / scale, min(after, before) / scale, left_out)
 
 
-class _Experts:
+class Experts:
     """The experts of a block: gate_up_proj [experts, 2 * channels, d_model], down_proj [experts, d_model, channels]."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -77,15 +78,15 @@ class _Experts:
         ):
             return False
         moments = Moments(channels, outputs, self.down.device)
-        for index, tokens, inputs in self._inputs(expert, calls, masks):
+        for index, tokens, inputs in self.inputs(expert, calls, masks):
             moments.add(inputs, residual[index][tokens])
         change = moments.change(name)
         self.down[expert].copy_(self.down[expert].double() + change.T)
-        for index, tokens, inputs in self._inputs(expert, calls, masks):
+        for index, tokens, inputs in self.inputs(expert, calls, masks):
             residual[index][tokens] -= inputs @ change.float()
         return True
 
-    def _inputs(self, expert: int, calls: list[tuple[Tensor, ...]], masks: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def inputs(self, expert: int, calls: list[tuple[Tensor, ...]], masks: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """By batch: the tokens that are sent to an expert, and the inputs of its down map, times the expert's weight there."""
         for index, ((hidden, chosen, weights), mask) in enumerate(zip(calls, masks, strict=True)):
             tokens, slots = torch.nonzero((chosen == expert) & mask[:, None], as_tuple=True)

@@ -1,6 +1,9 @@
-"""Prune a model for a domain: depth, importance, allocation, surgery, compensation. Saving and verifying are the caller's."""
+"""Prune a model for a domain, one block in memory at a time: depth, importance, allocation, then surgery and
+compensation by block.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,56 +11,76 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from finescope.config import PruneSection
-from finescope.models.anatomy import Anatomy
+from finescope.models.blocks import Blocks, without_blocks
 from finescope.models.groups import Layout, layout_of
+from finescope.pruning.activation import activation_importance
 from finescope.pruning.allocation import choose
-from finescope.pruning.compensation import compensate
 from finescope.pruning.depth import choose_blocks
 from finescope.pruning.groups import Kept, all_of
-from finescope.pruning.importance import Batch, Importance, Progress, magnitude_importance, random_importance, taylor_importance
+from finescope.pruning.hidden import hidden_states
+from finescope.pruning.importance import Importance, magnitude_importance, random_importance
+from finescope.pruning.measured import Clock
+from finescope.pruning.probe import Case
 from finescope.pruning.ridge import Refit
-from finescope.pruning.surgery import cut, without_blocks
+from finescope.pruning.stream import Batch, Progress
+from finescope.pruning.student import build_student
+from finescope.pruning.surgery import Surgery
+from finescope.pruning.taylor import taylor_importance
 from finescope.schemas import IMPORTANCE, conform
+
+
+class Places(NamedTuple):
+    """Where pruning writes."""
+
+    spill_to: Path | None  # a directory for hidden states at block boundaries; None: they stay in memory
+    student: Path | None  # the student's directory, not made yet; None: it stays in memory
 
 
 class PruneResult(NamedTuple):
     """A pruned model and how it came about."""
 
-    student: PreTrainedModel  # a new stock model in eval mode
+    student: PreTrainedModel  # a stock model in eval mode; where it was written the weights of its blocks are gone from memory
     importance: pa.Table  # schemas.IMPORTANCE: one row a group; layer is 1-based as in `sae.layer`, group_index 0-based
     summary: dict[str, Any]  # plain JSON: parameters, ratio reached, sizes kept, calibration, error of each re-fit
+    cases: list[Case]  # what the student computes
 
 
 def prune_model(
-    model: PreTrainedModel, anatomy: Anatomy, section: PruneSection, batches: Sequence[Batch], progress: Progress
+    source: Blocks, section: PruneSection, batches: Sequence[Batch], places: Places, clock: Clock, progress: Progress
 ) -> PruneResult:
-    """Remove about `section.ratio` of the block parameters of `model`, chosen and compensated on `batches`.
+    """Remove about `section.ratio` of the block parameters of a model, chosen and compensated on `batches`.
 
-    The model is in eval mode; it is not changed. The batches are the calibration set: (input_ids, attention_mask), int64
-    [documents, tokens], padded on the right. `progress` is called with tokens, `planned_tokens` in all.
+    The model is not changed. The batches are the calibration set: (input_ids, attention_mask), int64 [documents, tokens], padded
+    on the right. `progress` is called with tokens, `planned_tokens` in all.
 
     Raises:
         RecipeError: the ratio cannot be reached, or the model cannot lose what `section.structure` names.
         ModelError: the model's class is not a stock one.
         StepFailed: the calibration set is empty or something is not finite.
     """
-    assert not model.training
-    layout = layout_of(model, anatomy)
-    depth = None
+    assert not source.model.training
+    layout = layout_of(source.model, source.anatomy)
+    shallower, inner, depth, importance = source, layout, None, None
     if section.removes_blocks:
-        depth = choose_blocks(model, anatomy, batches, section.ratio, bool(section.within_blocks), progress)
-    origins = tuple(range(layout.num_layers)) if depth is None else depth.kept
-    shallower = model if depth is None else without_blocks(model, anatomy, origins)
-    inner = layout_of(shallower, anatomy)
-    importance = _importance(shallower, anatomy, inner, section, batches, progress) if section.within_blocks else None
-    kept = all_of(inner)
-    if importance is not None:
-        removed = layout.block_params - inner.block_params
-        rest = (section.ratio - removed / layout.block_params) * (layout.block_params / inner.block_params)
-        kept = choose(importance, inner, max(0.0, rest), section.within_blocks, section.round_to, required=not removed)
-    student = cut(shallower, anatomy, inner, kept)
-    refits = compensate(model, student, anatomy, origins, batches, progress) if _refits(section) else []
-    after = layout_of(student, anatomy)
+        with clock.part("depth"):
+            depth = choose_blocks(source, batches, section.ratio, bool(section.within_blocks), progress)
+        shallower = without_blocks(source, depth.kept)
+        inner = layout_of(shallower.model, source.anatomy)
+    origins, kept = tuple(range(layout.num_layers)) if depth is None else depth.kept, all_of(inner)
+    if section.within_blocks:
+        with clock.part("importance"):
+            importance = _importance(shallower, inner, section, batches, places.spill_to, progress)
+        with clock.part("selection"):
+            rest = max(0.0, 1 - (1 - section.ratio) * layout.block_params / inner.block_params)
+            kept = choose(
+                importance, inner, rest, section.within_blocks, section.round_to, required=inner.num_layers == layout.num_layers
+            )
+    with clock.part("compensation"):
+        surgery = Surgery(shallower.model, source.anatomy, inner, kept)
+        fitted_on = batches if _refits(section) else ()
+        refits, cases = build_student(source, origins, surgery, fitted_on, places.student, clock, progress)
+    student = surgery.student
+    after = layout_of(student, source.anatomy)
     summary = {
         "parameters_before": layout.model_params,
         "parameters_after": after.model_params,
@@ -78,13 +101,13 @@ def prune_model(
     }
     tables = [] if depth is None else [depth.rows()]
     tables += [] if importance is None else [importance_table(importance, inner, kept, origins)]
-    return PruneResult(student, pa.concat_tables(tables).sort_by("layer"), summary)
+    return PruneResult(student, pa.concat_tables(tables).sort_by("layer"), summary, cases)
 
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
-    """What `progress` sums to: the calibration tokens once for each of depth, Taylor importance and compensation."""
-    taylor = section.method == "taylor" and bool(section.within_blocks)
-    return num_tokens * (section.removes_blocks + taylor + _refits(section))
+    """What `progress` sums to: the calibration tokens once for each of depth, an importance that runs them and compensation."""
+    runs = section.method not in ("magnitude", "random") and bool(section.within_blocks)
+    return num_tokens * (section.removes_blocks + runs + _refits(section))
 
 
 def importance_table(importance: Importance, layout: Layout, kept: Kept, origins: Sequence[int]) -> pa.Table:
@@ -113,13 +136,22 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept, origins
 
 
 def _importance(
-    model: PreTrainedModel, anatomy: Anatomy, layout: Layout, section: PruneSection, batches: Sequence[Batch], progress: Progress
+    source: Blocks,
+    layout: Layout,
+    section: PruneSection,
+    batches: Sequence[Batch],
+    spill_to: Path | None,
+    progress: Progress,
 ) -> Importance:
     match section.method:
-        case "taylor":
-            return taylor_importance(model, anatomy, layout, batches, progress)
+        case "taylor" | "taylor_second":
+            order = 1 if section.method == "taylor" else 2
+            with hidden_states(spill_to) as boundaries:
+                return taylor_importance(source, layout, order, batches, boundaries, progress)
+        case "activation" | "wifv":
+            return activation_importance(source, layout, section.method, batches, progress)
         case "magnitude":
-            return magnitude_importance(model, anatomy, layout)
+            return magnitude_importance(source, layout)
         case "random":
             return random_importance(layout, section.seed)
 

@@ -57,7 +57,10 @@ def ridge(gram: Tensor, cross: Tensor) -> Tensor:
     """
     moments = gram.diagonal()
     floor = (FLOOR * moments.mean()).clamp_min(torch.finfo(gram.dtype).tiny)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + torch.diag(DAMPING * moments + floor)))
+    # In place: of a wide map each copy of the matrix is gigabytes.
+    damped = gram.clone()
+    damped.diagonal().add_(DAMPING * moments + floor)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
 
 
 class OutputMap:

@@ -1,7 +1,8 @@
 """`prune`: a smaller student of the run's model, chosen on the curated documents, proven to load without finescope."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,34 @@ import torch
 from finescope import directories, storage
 from finescope.config import CorpusSection, PruneSection
 from finescope.corpus.tokenise import length_batches, pad_batch, tokenise
-from finescope.models.anatomy import anatomy_of
-from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
-from finescope.pruning.prune import planned_tokens, prune_model
+from finescope.models.blocks import open_blocks
+from finescope.models.load import ModelReference, default_device, load_meta_model, load_tokenizer, reference_of
+from finescope.pruning.cost import PruneCost, prune_cost
+from finescope.pruning.measured import Clock, peak_memory
+from finescope.pruning.prune import Places, planned_tokens, prune_model
 from finescope.pruning.verify import verify_saved
 from finescope.rounds import Round
 from finescope.runners.base import Context, Progress, Resources
 from finescope.stages.cards import model_card
-from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, read_shards, write_table
+from finescope.stages.references import (
+    PROCESS_BYTES,
+    bytes_per_parameter,
+    model_of,
+    random_documents,
+    read_located,
+    read_shards,
+    write_table,
+)
 from finescope.steps import Outcome, StepInput
 
 # Tokens of a forward and backward pass over calibration documents, padding included.
-_BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024
 # Facts that are lists, or of the model that a later round was given.
 _NOT_ON_THE_CARD = ("refits", "unused_experts", "blocks", "of_input")
 
 
 @dataclass(frozen=True)
-class _Job:
+class PruneJob:
     """What the machine that prunes is sent."""
 
     base: ModelReference  # the run's model
@@ -37,6 +48,7 @@ class _Job:
     section: PruneSection
     tokens: tuple[np.ndarray, ...]  # int32 [T] a calibration document
     uri: str  # where the student goes
+    spills: bool  # whether hidden states at block boundaries go to disk
 
 
 def prune(context: Context, corpus: CorpusSection, turn: Round, cautions: Sequence[str], step: StepInput) -> Outcome:
@@ -55,13 +67,16 @@ def prune(context: Context, corpus: CorpusSection, turn: Round, cautions: Sequen
     texts = calibration_texts(context, corpus, section, step)
     student_uri = storage.join(step.uri, "model")
     tokens = tuple(tokenise(load_tokenizer(model), texts, section.max_tokens))
-    job = _Job(base, step["model"].facts["source"], model, section, tokens, student_uri)
+    cost = _cost(model, section, tokens)
+    context.reporter.note(_told(turn.prune, cost))
+    job = PruneJob(base, step["model"].facts["source"], model, section, tokens, student_uri, cost.spills)
     planned = planned_tokens(section, sum(len(item) for item in tokens))
     with context.reporter.task(turn.prune, planned, "tokens") as progress:
-        importance, summary = context.runner.call(_prune, (job,), progress, Resources(memory_bytes(model, 3.0)))
+        resources = Resources(PROCESS_BYTES + cost.memory_bytes)
+        importance, summary = context.runner.call(prune_calibrated, (job,), progress, resources)
     tables = {"importance": write_table(step.uri, "importance", importance)}
     reference = reference_of(student_uri, model, step.identity)
-    facts = {"reference": reference.model_dump(mode="json"), **summary, "cautions": list(cautions)}
+    facts = {"reference": reference.model_dump(mode="json"), **summary, "estimate": asdict(cost), "cautions": list(cautions)}
     return Outcome(importance.num_rows, importance.num_rows, 0, tables, facts)
 
 
@@ -80,24 +95,49 @@ def calibration_texts(context: Context, corpus: CorpusSection, section: PruneSec
     return tuple(table.column("text").to_pylist())
 
 
-def _prune(job: _Job, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
-    model = load_model(job.model)
-    tokenizer = load_tokenizer(job.model)
-    tokens = job.tokens
-    batches = []
-    for batch in length_batches([len(item) for item in tokens], _BATCH_TOKENS):
-        ids, mask = pad_batch([tokens[index] for index in batch], tokenizer.pad_token_id)
-        batches.append((torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)))
-    result = prune_model(model, anatomy_of(model), job.section, batches, progress)
-    facts = result.summary if job.model == job.base else _against_base(result.summary, job.base)
-    with directories.scratch_directory(job.uri) as local:
-        result.student.save_pretrained(local)
-        tokenizer.save_pretrained(local)
-        told = {key: value for key, value in facts.items() if key not in _NOT_ON_THE_CARD}
-        (local / "README.md").write_text(model_card(job.base, job.source, "pruned", told), encoding="utf-8")
-        verified = verify_saved(local, result.student, batches[0][0][:1, :32])
-        directories.put_tree(local, job.uri)
-    return result.importance, {**facts, "reload": verified._asdict()}
+def _cost(model: ModelReference, section: PruneSection, tokens: Sequence[np.ndarray]) -> PruneCost:
+    lengths = [len(item) for item in tokens]
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in length_batches(lengths, BATCH_TOKENS))
+    size = bytes_per_parameter(model)
+    return prune_cost(load_meta_model(model), section, size, padded, max(lengths, default=0), BATCH_TOKENS)
+
+
+def _told(step: str, cost: PruneCost) -> str:
+    disk = f" and {cost.scratch_bytes / 1e9:.1f} GB of scratch on disk" if cost.spills else ""
+    return (
+        f"{step}: at most {(PROCESS_BYTES + cost.memory_bytes) / 1e9:.1f} GB of memory{disk}; as many operations as "
+        f"{cost.passes:.1f} forward and backward passes over the calibration tokens"
+    )
+
+
+def prune_calibrated(job: PruneJob, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+    """Prune, write, prove: the table `importance` and the facts. `progress` sums to `planned_tokens`.
+
+    Raises:
+        RecipeError, StepFailed: as `prune`.
+    """
+    device, clock = default_device(), Clock()
+    with directories.scratch_directory(job.uri) as local, ExitStack() as opened:
+        with clock.part("load"):
+            source = opened.enter_context(open_blocks(job.model, device))
+            tokenizer = load_tokenizer(job.model)
+        batches = []
+        for batch in length_batches([len(item) for item in job.tokens], BATCH_TOKENS):
+            ids, mask = pad_batch([job.tokens[index] for index in batch], tokenizer.pad_token_id)
+            batches.append((torch.from_numpy(ids), torch.from_numpy(mask)))
+        places = Places(local.parent if job.spills else None, local)
+        result = prune_model(source, job.section, batches, places, clock, progress)
+        facts = result.summary if job.model == job.base else _against_base(result.summary, job.base)
+        with clock.part("save"):
+            tokenizer.save_pretrained(local)
+            told = {key: value for key, value in facts.items() if key not in _NOT_ON_THE_CARD}
+            (local / "README.md").write_text(model_card(job.base, job.source, "pruned", told), encoding="utf-8")
+        with clock.part("verify"):
+            verified = verify_saved(local, source.model.dtype, device, result.cases)
+        with clock.part("save"):
+            directories.put_tree(local, job.uri)
+    taken = {"peak": peak_memory(device), "seconds": clock.seconds}
+    return result.importance, {**facts, "reload": verified._asdict(), **taken}
 
 
 def _against_base(summary: dict[str, Any], base: ModelReference) -> dict[str, Any]:

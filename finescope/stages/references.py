@@ -29,7 +29,12 @@ def model_of(manifest: Manifest) -> ModelReference:
 
 def memory_bytes(model: ModelReference, copies: float = 1.0) -> int:
     """Resident memory of a process that holds `copies` of the model's weights."""
-    return PROCESS_BYTES + int(copies * model.num_parameters * _BYTES[model.dtype])
+    return PROCESS_BYTES + int(copies * model.num_parameters * bytes_per_parameter(model))
+
+
+def bytes_per_parameter(model: ModelReference) -> int:
+    """Bytes of one parameter."""
+    return _BYTES[model.dtype]
 
 
 def write_table(uri: str, name: str, table: pa.Table) -> tuple[TableFile, ...]:

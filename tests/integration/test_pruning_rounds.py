@@ -120,7 +120,7 @@ def test_the_table_of_importance_has_a_row_a_block(done: Run) -> None:
     facts = done.facts("prune-1")["blocks"]
     assert table["layer"].to_list() == [1, 2, 3]
     assert table.filter(~pl.col("kept"))["layer"].to_list() == facts["removed"]
-    assert table["importance"].to_list() == pytest.approx(facts["rises"], rel=1e-5)
+    assert table["importance"].to_list() == pytest.approx(facts["influences"], rel=1e-5)
 
 
 def test_a_recipe_of_one_round_takes_nothing_of_these(done: Run, tmp_path: Path) -> None:

@@ -1,23 +1,21 @@
 import numpy as np
 import pytest
 import torch
-from pruning_models import MIXTURES, batches_of, kept_of, layout, no_progress, tiny_model
+from pruning_models import MIXTURES, batches_of, compensate, cut, kept_of, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finescope.errors import StepFailed
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts, linear_map
-from finescope.pruning.compensation import compensate
+from finescope.pruning import readers
 from finescope.pruning.ridge import Moments, OutputMap, ridge
-from finescope.pruning.surgery import cut
 
-BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8)))
-ALL = (0, 1, 2)  # no block has left
+BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8), (30, 28)))
 FEWER, ONLY_MLP = {"heads": 2, "mlp": 20}, {"mlp": 20}
 
 
 def student_of(model, counts):
-    return cut(model, anatomy_of(model), layout(model), kept_of(model, **counts))
+    return cut(model, kept_of(model, **counts))
 
 
 def ridge_by_lstsq(inputs, target, weight):
@@ -80,13 +78,23 @@ def naive_refit(module, norm, inputs, target):
     module.weight.data.copy_(found.T if isinstance(module, Conv1D) else found)
 
 
+def naive_readers(block, names, pruned, dense):
+    """Each map that reads the stream on its own: least squares towards what its weight makes of what the dense model's reads."""
+    for module in (block.get_submodule(name) for name in names):
+        weight = module.weight.detach().double().numpy()
+        weight = weight.T if isinstance(module, Conv1D) else weight
+        found = torch.from_numpy(ridge_by_lstsq(pruned, dense @ weight.T, weight))
+        module.weight.data.copy_(found.T if isinstance(module, Conv1D) else found)
+
+
 def naive_compensation(model, student, anatomy):
     """Layer by layer with whole forward passes: what the streamed version must equal."""
 
     def run(owner, layer):
-        """Of block `layer`, per chosen token: the output map's input, stream before, attention added, down's input, MLP added."""
+        """Of block `layer`, per chosen token: what the attention reads, the output map's input, the stream before, with attention
+        added, what the MLP reads, the down map's input, MLP added."""
         block, seen = blocks_of(owner, anatomy)[layer], {}
-        names = {"heads": anatomy.output, "channels": anatomy.down}
+        names = {"heads": anatomy.output, "channels": anatomy.down, "query": anatomy.qkv[0], "expand": anatomy.expand[0]}
         added = {"attention": anatomy.attention_norm or anatomy.output, "mlp": anatomy.mlp_norm or anatomy.down}
         keep_input = lambda key: lambda module, inputs, output: seen.__setitem__(key, inputs[0])  # noqa: E731
         keep_output = lambda key: lambda module, inputs, output: seen.__setitem__(key, output)  # noqa: E731
@@ -100,7 +108,7 @@ def naive_compensation(model, student, anatomy):
             keep = mask.bool()
             keep[:, 0] = False
             middle = before + seen["attention"]
-            parts = (seen["heads"], before, middle, seen["channels"], middle + seen["mlp"])
+            parts = (seen["query"], seen["heads"], before, middle, seen["expand"], seen["channels"], middle + seen["mlp"])
             rows.append([part[keep].double().numpy() for part in parts])
         for hook in hooks:
             hook.remove()
@@ -108,12 +116,14 @@ def naive_compensation(model, student, anatomy):
 
     for layer, block in enumerate(blocks_of(student, anatomy)):
         norms = [block.get_submodule(name) if name else None for name in (anatomy.attention_norm, anatomy.mlp_norm)]
-        _, _, dense_middle, _, dense_after = run(model, layer)
+        dense_query, _, _, dense_middle, dense_expand, _, dense_after = run(model, layer)
         output, down = linear_map(block, anatomy.output), linear_map(block, anatomy.down)
-        if output.weight.numel() < linear_map(blocks_of(model, anatomy)[layer], anatomy.output).weight.numel():
-            heads, before, _, _, _ = run(student, layer)
-            naive_refit(output, norms[0], heads, dense_middle - before)
-        _, _, middle, channels, _ = run(student, layer)
+        if layer:  # both models read the same in the first block
+            naive_readers(block, anatomy.qkv, run(student, layer)[0], dense_query)
+        _, heads, before, _, _, _, _ = run(student, layer)
+        naive_refit(output, norms[0], heads, dense_middle - before)
+        naive_readers(block, anatomy.expand, run(student, layer)[4], dense_expand)
+        _, _, _, middle, _, channels, _ = run(student, layer)
         naive_refit(down, norms[1], channels, dense_after - middle)
 
 
@@ -124,25 +134,25 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "counts"), CASES)
-def test_streamed_equals_naive(family, counts):
+def test_streamed_equals_naive(family, counts, monkeypatch):
+    monkeypatch.setattr(readers, "_TOKENS_PER_DIMENSION", 1)
     model = tiny_model(family)
     anatomy = anatomy_of(model)
     student, naive = student_of(model, counts), student_of(model, counts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     original = {name: value.clone() for name, value in student.state_dict().items()}
-    seen = []
-    refits = compensate(model, student, anatomy, ALL, BATCHES, seen.append)
+    refits = compensate(model, student, BATCHES)
     naive_compensation(model, naive, anatomy)
-    maps = (anatomy.output, anatomy.down) if counts is FEWER else (anatomy.down,)
-    assert [refit.name for refit in refits] == [f"{anatomy.blocks}.{layer}.{name}" for layer in range(3) for name in maps]
-    changed = {f"{refit.name}.weight" for refit in refits if refit.error_after < refit.error_before}
+    reads = {f"{anatomy.qkv[0]} reads": anatomy.qkv, f"{anatomy.mlp} reads": anatomy.expand}
+    maps = {**reads, anatomy.output: (anatomy.output,), anatomy.down: (anatomy.down,)}
+    refitted = {tuple(refit.name.removeprefix(f"{anatomy.blocks}.").split(".", 1)) for refit in refits}
+    assert refitted >= {(str(layer), name) for layer in range(1, 3) for name in maps}
+    changed = {f"{anatomy.blocks}.{layer}.{name}.weight" for layer, key in refitted for name in maps[key]}
     for name, value in student.state_dict().items():
-        torch.testing.assert_close(value, naive.state_dict()[name], rtol=2e-3, atol=2e-4)
-        assert torch.equal(value, original[name]) != (name in changed), name
-    assert len(changed) == len(refits)
+        torch.testing.assert_close(value, naive.state_dict()[name], rtol=2e-3, atol=5e-4)
+        assert name in changed or torch.equal(value, original[name]), name
+    assert all(refit.error_after <= refit.error_before for refit in refits)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert sum(seen) == sum(int(mask.sum()) for _, mask in BATCHES)
-    assert len(seen) == 3
 
 
 def naive_experts(model, student, anatomy, layer, batches):
@@ -185,13 +195,14 @@ def test_experts_are_refitted_on_their_own_tokens(family):
     counts = {"heads": 3, "mlp": 8, "experts": 3}
     batches = batches_of(((20, 15, 9), (18, 18)))
     student, naive = student_of(model, counts), student_of(model, counts)
-    refits = compensate(model, student, anatomy, ALL, batches, no_progress)
+    refits = compensate(model, student, batches)
     left_out = [naive_experts(model, naive, anatomy, 0, batches)]
     name = "model.layers.0.mlp.experts.down_proj"
     torch.testing.assert_close(student.state_dict()[name], naive.state_dict()[name], rtol=2e-3, atol=2e-4)
-    assert refits[0].name == "model.layers.0.mlp.experts"
-    assert refits[0].experts_left_out == left_out[0] < 3
-    for refit, block in zip(refits, blocks_of(student, anatomy), strict=True):
+    of_mlp = [refit for refit in refits if refit.name.endswith(("mlp.experts", "mlp.down_proj"))]
+    assert of_mlp[0].name == "model.layers.0.mlp.experts"
+    assert of_mlp[0].experts_left_out == left_out[0] < 3
+    for refit, block in zip(of_mlp, blocks_of(student, anatomy), strict=True):
         assert refit.error_after < refit.error_before
         assert (refit.experts_left_out is None) != has_experts(block, anatomy)
 
@@ -201,10 +212,9 @@ def test_experts_with_too_few_tokens_keep_their_weights():
     student = student_of(model, {"experts": 3})
     original = {name: value.clone() for name, value in student.state_dict().items()}
     # Ten tokens that count, two experts each, 40 channels.
-    refits = compensate(model, student, anatomy_of(model), ALL, batches_of(((6, 6),)), no_progress)
-    assert [refit.experts_left_out for refit in refits] == [3, 3, 3]
-    assert all(refit.error_after == refit.error_before for refit in refits)
-    assert all(torch.equal(value, original[name]) for name, value in student.state_dict().items())
+    refits = compensate(model, student, batches_of(((6, 6),)))
+    assert [refit.experts_left_out for refit in refits if refit.name.endswith("experts")] == [3, 3, 3]
+    assert all(torch.equal(value, original[name]) for name, value in student.state_dict().items() if ".o_proj." not in name)
 
 
 # Routers choose otherwise where the stream is another, which no re-fit mends.
@@ -214,7 +224,7 @@ def test_follows_the_dense_model_on_other_documents(family, most):
     model = tiny_model(family)
     calibration, other = batches_of(((30,) * 16,) * 4), batches_of(((30,) * 8,), seed=1)
     plain, fitted = (student_of(model, {"mlp": 16 if family in MIXTURES else 20}) for _ in range(2))
-    compensate(model, fitted, anatomy_of(model), ALL, calibration, no_progress)
+    compensate(model, fitted, calibration)
     ids, mask = other[0]
     with torch.no_grad():
         streams = (owner.get_decoder()(input_ids=ids, attention_mask=mask) for owner in (model, plain, fitted))
@@ -225,7 +235,7 @@ def test_follows_the_dense_model_on_other_documents(family, most):
 def test_a_model_with_everything_kept_stays_the_same():
     model = tiny_model("qwen3")
     student = student_of(model, {})
-    compensate(model, student, anatomy_of(model), ALL, BATCHES, no_progress)
+    compensate(model, student, BATCHES)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
 
@@ -240,4 +250,4 @@ def test_activations_that_are_not_finite_fail():
 def test_no_tokens_fails():
     model = tiny_model("llama")
     with pytest.raises(StepFailed, match="two tokens"):
-        compensate(model, student_of(model, FEWER), anatomy_of(model), ALL, batches_of(((1, 1),)), no_progress)
+        compensate(model, student_of(model, FEWER), batches_of(((1, 1),)))

@@ -1,14 +1,22 @@
 import numpy as np
 import pytest
 import torch
-from pruning_models import FAMILIES, MIXTURES, WITH_HEADS, batches_of, layout, no_progress, tiny_model
+from pruning_models import FAMILIES, MIXTURES, WITH_HEADS, batches_of, in_memory, layout, no_progress, tiny_model
 
 from finescope.errors import StepFailed
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts, linear_map
-from finescope.pruning import importance as module
-from finescope.pruning.importance import magnitude_importance, random_importance, taylor_importance
+from finescope.pruning import taylor as module
+from finescope.pruning.hidden import hidden_states
+from finescope.pruning.importance import magnitude_importance, random_importance
+from finescope.pruning.taylor import taylor_importance
 
 BATCHES = batches_of(((9, 6, 2), (7, 1)))
+
+
+def taylor(model, batches, progress, spill_to=None, order=1):
+    """Taylor importance of a model in memory; hidden states too, but for a directory that is given."""
+    with hidden_states(spill_to) as boundaries:
+        return taylor_importance(in_memory(model), layout(model), order, batches, boundaries, progress)
 
 
 def by_block(model, products):
@@ -63,8 +71,8 @@ def naive_experts(values):
     return gate_up[:, :channels].sum(2) + gate_up[:, channels:].sum(2) + down.sum(1)
 
 
-def naive_taylor(model, batches):
-    """sum |w * g| of each group over all gradients at once, from the model's own loss."""
+def naive_taylor(model, batches, order=1):
+    """sum |w * g|, or (w * g)^2 * tokens / 2, of each group over all gradients at once, from the model's own loss."""
     sums, total = {}, 0
     for ids, mask in batches:
         labels = torch.where(mask.bool(), ids, -100)
@@ -72,10 +80,9 @@ def naive_taylor(model, batches):
         model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         tokens = int(mask[:, 1:].sum())
         blocks = blocks_of(model, anatomy_of(model))
-        found = by_block(
-            model,
-            [{n: (p.detach() * p.grad).abs().double() for n, p in b.named_parameters() if p.grad is not None} for b in blocks],
-        )
+        products = [{n: (p.detach() * p.grad).double() for n, p in b.named_parameters() if p.grad is not None} for b in blocks]
+        terms = [{n: p.abs() if order == 1 else p**2 * tokens / 2 for n, p in block.items()} for block in products]
+        found = by_block(model, terms)
         for kind, layers in found.items():
             before = sums.get(kind, [0] * len(layers))
             sums[kind] = [None if now is None else old + tokens * now for old, now in zip(before, layers, strict=True)]
@@ -93,20 +100,28 @@ def assert_equals(found, expected, groups_of_model, rtol):
     ("family", "changes"), [*((name, {}) for name in FAMILIES), ("llama", {"attention_bias": True, "mlp_bias": True})]
 )
 def test_streamed_taylor_equals_naive(family, changes, monkeypatch):
-    monkeypatch.setattr(module, "_LOGIT_ROWS", 5)
+    monkeypatch.setattr(module, "LOGIT_ROWS", 5)
     model = tiny_model(family, **changes)
     expected = naive_taylor(model, BATCHES)
     model.zero_grad()
     seen = []
-    found = taylor_importance(model, anatomy_of(model), layout(model), BATCHES, seen.append)
+    found = taylor(model, BATCHES, seen.append)
     assert_equals(found, expected, layout(model), 2e-4)
-    assert seen == [17, 8]
+    assert sum(seen) == 25
     assert bool(found.expert_tokens) == (family in MIXTURES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_order_equals_naive(family):
+    model = tiny_model(family)
+    expected = naive_taylor(model, BATCHES, order=2)
+    model.zero_grad()
+    assert_equals(taylor(model, BATCHES, no_progress, order=2), expected, layout(model), 5e-4)
 
 
 def test_multi_query_heads_have_importance_of_their_own():
     model = tiny_model("llama", num_key_value_heads=1)
-    found = taylor_importance(model, anatomy_of(model), layout(model), BATCHES[:1], no_progress)
+    found = taylor(model, BATCHES[:1], no_progress)
     ids, mask = BATCHES[0]
     model(input_ids=ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss.backward()
     query, output = (linear_map(blocks_of(model, anatomy_of(model))[1], f"self_attn.{name}_proj").weight for name in "qo")
@@ -124,14 +139,14 @@ def test_an_expert_without_tokens_has_importance_zero(family, monkeypatch):
     # Kernels may leave anything as the gradient of an expert that had nothing to do.
     original = module._Sums.reduce
 
-    def poisoned(self, parameter, places, layer):
+    def poisoned(self, parameter, places):
         if parameter.ndim == 3:
-            idle = [expert for expert in range(4) if expert not in self._experts[layer]]
+            idle = [expert for expert in range(4) if expert not in self._experts]
             parameter.grad[idle] = torch.nan
-        original(self, parameter, places, layer)
+        original(self, parameter, places)
 
     monkeypatch.setattr(module._Sums, "reduce", poisoned)
-    found = taylor_importance(model, anatomy_of(model), layout(model), BATCHES, no_progress)
+    found = taylor(model, BATCHES, no_progress)
     tokens = np.stack([found.expert_tokens[layer] for layer in (0, 1)])
     assert tokens.sum(axis=1).tolist() == [25, 25]  # none for padding
     assert (tokens[:, :2] == 0).all()
@@ -144,8 +159,7 @@ def test_an_expert_without_tokens_has_importance_zero(family, monkeypatch):
 
 
 def test_gradients_are_freed_one_by_one_and_the_model_is_left_as_it_was(monkeypatch):
-    model = tiny_model("qwen2").train()
-    anatomy = anatomy_of(model)
+    model = tiny_model("qwen2")
     model.model.norm.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     alive = []
@@ -156,13 +170,20 @@ def test_gradients_are_freed_one_by_one_and_the_model_is_left_as_it_was(monkeypa
         original(*arguments)
 
     monkeypatch.setattr(module, "add_sums", counting)
-    taylor_importance(model, anatomy, layout(model), BATCHES[:1], no_progress)
+    taylor(model, BATCHES[:1], no_progress)
     assert max(alive) == 1
     assert len(alive) == 3 * 10  # three blocks of seven weights and three biases
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
-    assert model.training
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_in_a_file_are_the_same(dtype, tmp_path):
+    model = tiny_model("llama", dtype=dtype)
+    held, spilled = (taylor(model, BATCHES, no_progress, spill_to) for spill_to in (None, tmp_path))
+    assert all(np.array_equal(one, other) for one, other in zip(held.values, spilled.values, strict=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_padding_does_not_matter():
@@ -171,7 +192,7 @@ def test_padding_does_not_matter():
         ids, mask = BATCHES[0]
         longer = torch.cat([ids, torch.full((3, 4), 11)], 1), torch.cat([mask, torch.zeros(3, 4, dtype=torch.int64)], 1)
         sides = ((ids, mask), longer)
-        one, other = (taylor_importance(model, anatomy_of(model), layout(model), [side], no_progress) for side in sides)
+        one, other = (taylor(model, [side], no_progress) for side in sides)
         np.testing.assert_allclose(one.values[1], other.values[1], rtol=1e-4)
         assert {k: v.tolist() for k, v in one.expert_tokens.items()} == {k: v.tolist() for k, v in other.expert_tokens.items()}
 
@@ -179,10 +200,10 @@ def test_padding_does_not_matter():
 def test_no_tokens_or_not_finite_fails():
     model = tiny_model("llama")
     with pytest.raises(StepFailed, match="two tokens"):
-        taylor_importance(model, anatomy_of(model), layout(model), batches_of(((1, 1),)), no_progress)
+        taylor(model, batches_of(((1, 1),)), no_progress)
     linear_map(blocks_of(model, anatomy_of(model))[1], "mlp.up_proj").weight.data[0, 0] = float("inf")
     with pytest.raises(StepFailed, match="not finite"):
-        taylor_importance(model, anatomy_of(model), layout(model), BATCHES, no_progress)
+        taylor(model, BATCHES, no_progress)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,7 +211,7 @@ def test_magnitude_by_plain_slices(family):
     model = tiny_model(family)
     blocks = blocks_of(model, anatomy_of(model))
     squares = [{n: p.detach().double().square() for n, p in block.named_parameters()} for block in blocks]
-    found = magnitude_importance(model, anatomy_of(model), layout(model))
+    found = magnitude_importance(in_memory(model), layout(model))
     assert_equals(found, by_block(model, squares), layout(model), 1e-5)
 
 

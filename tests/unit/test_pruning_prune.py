@@ -8,13 +8,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pruning_models import FAMILIES, FIXED_HEADS, MIXTURES, batches_of, no_progress, tiny_model
+from pruning_models import FAMILIES, FIXED_HEADS, MIXTURES, batches_of, no_progress, prune, tiny_model
 
 from finescope.config import PruneSection
 from finescope.errors import RecipeError
-from finescope.models.anatomy import anatomy_of
 from finescope.pruning import reload_check
-from finescope.pruning.prune import planned_tokens, prune_model
+from finescope.pruning.prune import planned_tokens
 from finescope.pruning.verify import verify_saved
 from finescope.schemas import IMPORTANCE
 
@@ -29,7 +28,7 @@ def section(**changes):
 def quartered(family):
     """The model, what is left of it without a quarter, and the progress that was told."""
     model, seen = tiny_model(family), []
-    return model, prune_model(model, anatomy_of(model), section(ratio=0.25), BATCHES, seen.append), seen
+    return model, prune(model, section(ratio=0.25), BATCHES, seen.append), seen
 
 
 def removed_params(table):
@@ -48,7 +47,7 @@ def removed_params(table):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
-    model, (student, table, summary), seen = quartered(family)
+    model, (student, table, summary, _), seen = quartered(family)
     assert sum(seen) == planned_tokens(section(), 33) == 66
     # Channels of experts stay by eights: half a step is a tenth of them.
     assert abs(summary["ratio_reached"] - 0.25) < (0.1 if family in MIXTURES else 0.05)
@@ -72,7 +71,7 @@ def test_methods_without_gradients(family, method):
     model = tiny_model(family)
     seen = []
     given = section(ratio=0.25, method=method, compensate=False)
-    _, table, summary = prune_model(model, anatomy_of(model), given, BATCHES, seen.append)
+    _, table, summary, _ = prune(model, given, BATCHES, seen.append)
     assert abs(summary["ratio_reached"] - 0.25) < (0.1 if family in MIXTURES else 0.05)
     assert seen == []
     assert summary["block_parameters_before"] - summary["block_parameters_after"] == removed_params(table)
@@ -86,7 +85,8 @@ compare = runpy.run_path(sys.argv[1])["compare"]
 found = {}
 for directory in sys.argv[2:]:
     with np.load(directory + ".npz") as given:
-        found[directory] = compare(directory, "cpu", given["input_ids"], given["logits"])
+        cases = [tuple(given[f"{name}_{n}"] for name in ("input_ids", "attention_mask", "logits")) for n in range(3)]
+    found[directory] = compare(directory, "cpu", -1, cases)
 assert "finescope" not in sys.modules
 print(json.dumps(found))
 """
@@ -94,13 +94,11 @@ print(json.dumps(found))
 
 def test_every_family_is_the_same_in_a_fresh_process(tmp_path):
     # What `verify_saved` runs for one directory, in one process for all of them.
-    ids = BATCHES[0][0]
     for family in FAMILIES:
-        student = quartered(family)[1].student
-        student.save_pretrained(tmp_path / family)
-        with torch.no_grad():
-            logits = student(input_ids=ids, use_cache=False).logits.numpy()
-        np.savez(tmp_path / f"{family}.npz", input_ids=ids.numpy(), logits=logits)
+        result = quartered(family)[1]
+        result.student.save_pretrained(tmp_path / family)
+        arrays = {f"{key}_{number}": value for number, case in enumerate(result.cases) for key, value in case._asdict().items()}
+        np.savez(tmp_path / f"{family}.npz", **arrays)
     directories = [str(tmp_path / family) for family in FAMILIES]
     command = [sys.executable, "-P", "-c", _RELOAD_ALL, str(Path(reload_check.__file__)), *directories]
     process = subprocess.run(command, capture_output=True, check=False, text=True)
@@ -110,12 +108,13 @@ def test_every_family_is_the_same_in_a_fresh_process(tmp_path):
         answer = found[directory]
         assert answer["keys"] == []
         assert answer["difference"] <= 1e-5 * answer["largest"], family
+        assert answer["cached"] <= 1e-4, family
         assert answer["architecture"] == quartered(family)[1].summary["architecture"]
         assert (answer["dtype"], answer["generated"]) == ("torch.float32", 4)
 
 
 def test_the_same_twice():
-    one, two = (prune_model(m := tiny_model("llama"), anatomy_of(m), section(), BATCHES, no_progress) for _ in range(2))
+    one, two = (prune(tiny_model("llama"), section(), BATCHES, no_progress) for _ in range(2))
     assert one.importance.equals(two.importance)
     assert one.summary == two.summary
     assert all(torch.equal(value, two.student.state_dict()[name]) for name, value in one.student.state_dict().items())
@@ -123,7 +122,7 @@ def test_the_same_twice():
 
 def test_ratio_zero_is_a_copy():
     model = tiny_model("qwen2")
-    result = prune_model(model, anatomy_of(model), section(ratio=0.0), BATCHES, no_progress)
+    result = prune(model, section(ratio=0.0), BATCHES, no_progress)
     assert result.summary["ratio_reached"] == 0
     assert not result.summary["compensated"]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in result.student.state_dict().items())
@@ -133,18 +132,21 @@ def test_ratio_zero_is_a_copy():
 def test_compensation_can_be_left_out():
     model = tiny_model("llama")
     kwargs = {"structure": ("mlp",)}
-    plain = prune_model(model, anatomy_of(model), section(compensate=False, **kwargs), BATCHES, no_progress)
-    fitted = prune_model(model, anatomy_of(model), section(**kwargs), BATCHES, no_progress)
+    plain = prune(model, section(compensate=False, **kwargs), BATCHES, no_progress)
+    fitted = prune(model, section(**kwargs), BATCHES, no_progress)
     assert plain.summary["refits"] == []
     differing = {n for n, v in plain.student.state_dict().items() if not torch.equal(v, fitted.student.state_dict()[n])}
-    assert differing == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)}
+    refitted = {refit["name"] for refit in fitted.summary["refits"]}
+    assert refitted >= {f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    # Both models read the same in the first block, and there are too few tokens to turn what reads in the others.
+    assert differing == {f"{name}.weight" for name in refitted} - {"model.layers.0.self_attn.o_proj.weight"}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
 def test_in_bfloat16(family):
     model = tiny_model(family, dtype=torch.bfloat16)
     batches = batches_of(((20,) * 8,) * 2)
-    result = prune_model(model, anatomy_of(model), section(ratio=0.2), batches, no_progress)
+    result = prune(model, section(ratio=0.2), batches, no_progress)
     assert result.student.dtype == torch.bfloat16
     assert all(refit["error_after"] < refit["error_before"] for refit in result.summary["refits"])
 
@@ -152,16 +154,16 @@ def test_in_bfloat16(family):
 def test_unreachable_ratio_is_a_recipe_error():
     model = tiny_model("llama")
     with pytest.raises(RecipeError, match="largest reachable ratio"):
-        prune_model(model, anatomy_of(model), section(ratio=0.9, method="random", structure=("mlp",)), BATCHES, no_progress)
+        prune(model, section(ratio=0.9, method="random", structure=("mlp",)), BATCHES, no_progress)
 
 
 def test_a_student_of_another_class_is_the_same_in_a_fresh_process(tmp_path):
     # Of eight groups of three query heads five stay: fifteen heads do not divide d_model, so a Llama becomes a Mistral.
     model = tiny_model("llama", num_attention_heads=24, num_key_value_heads=8, head_dim=4)
-    result = prune_model(model, anatomy_of(model), section(ratio=0.25, structure=("heads",)), BATCHES, no_progress)
+    result = prune(model, section(ratio=0.25, structure=("heads",)), BATCHES, no_progress)
     assert result.summary["query_heads_after"] == 15
     result.student.save_pretrained(tmp_path)
-    verified = verify_saved(tmp_path, result.student, BATCHES[0][0])
+    verified = verify_saved(tmp_path, torch.float32, torch.device("cpu"), result.cases)
     assert verified.architecture == result.summary["architecture"] == "MistralForCausalLM"
     assert verified.difference <= 1e-5
     assert verified.num_generated == 4

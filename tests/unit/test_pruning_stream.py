@@ -4,7 +4,7 @@ from pruning_models import FAMILIES, batches_of, tiny_model
 
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts
 from finescope.pruning.ridge import OutputMap
-from finescope.pruning.stream import attention_inputs, block_pass, mlp_arguments, open_stream
+from finescope.pruning.stream import input_of, mlp_arguments, open_stream, output_inputs, passage
 
 BATCHES = batches_of(((9, 6, 2), (7, 7), (1,)))
 
@@ -39,16 +39,21 @@ def test_block_by_block_equals_the_model(family, windows, attention):
         for index in range(len(BATCHES)):
             assert torch.equal(stream.hidden[index], whole[index][layer])
             call = stream.calls[layer][index]
-            middle, stream.hidden[index] = block_pass(block, anatomy, stream.hidden[index], call)
+            attention_reads, middle, mlp_reads, stream.hidden[index] = passage(block, anatomy, stream.hidden[index], call)
             same_middle, arguments = mlp_arguments(block, anatomy, whole[index][layer], call)
             assert torch.equal(middle, same_middle)
+            assert torch.equal(attention_reads, input_of(anatomy.qkv[-1], block, whole[index][layer], call))
+            assert torch.equal(mlp_reads, input_of(anatomy.mlp, block, whole[index][layer], call))
+            heads, same_arguments, after = output_inputs(block, anatomy, whole[index][layer], call)
+            assert torch.equal(after, stream.hidden[index])
+            assert all(torch.equal(one, other) for one, other in zip(arguments, same_arguments, strict=True))
             with torch.no_grad():
                 if has_experts(block, anatomy):
                     added = block.get_submodule(anatomy.experts)(*arguments).reshape(middle.shape)
                 else:
                     added = OutputMap(block, anatomy.down, anatomy.mlp_norm).run(arguments[0])
                 close(stream.hidden[index], middle + added)
-                heads = attention_inputs(block, anatomy, whole[index][layer], call)
+                assert torch.equal(heads, input_of(anatomy.output, block, whole[index][layer], call))
                 close(middle, whole[index][layer] + OutputMap(block, anatomy.output, anatomy.attention_norm).run(heads))
     norm = model.get_submodule(anatomy.final_norm)
     for hidden, states in zip(stream.hidden, whole, strict=True):

@@ -1,24 +1,23 @@
 import pytest
 import torch
-from pruning_models import FAMILIES, MIXTURES, VOCABULARY, WITH_HEADS, batches_of, kept_of, layout, masked, tiny_model
+from pruning_models import FAMILIES, MIXTURES, VOCABULARY, WITH_HEADS, batches_of, cut, kept_of, layout, masked, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
 from finescope.errors import ModelError
 from finescope.models.anatomy import anatomy_of, blocks_of
-from finescope.pruning.surgery import cut
 
 (IDS, MASK), *_ = batches_of(((12, 9, 5),))
 # Eight groups of three query heads; three groups stay, and nine heads do not divide 48.
 WIDE = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 4}
 
 
-def pruned(model, kept):
-    return cut(model, anatomy_of(model), layout(model), kept)
-
-
 def logits(model, ids=IDS, mask=MASK, **arguments):
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, **arguments).logits
+
+
+def of_blocks(model):
+    return [value for block in blocks_of(model, anatomy_of(model)) for value in block.parameters()]
 
 
 def assert_same(student, model, kept):
@@ -46,7 +45,7 @@ def test_logits_equal_those_of_the_masked_dense_model(family, counts):
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kept = kept_of(model, **counts)
-    student = pruned(model, kept)
+    student = cut(model, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert type(student) is type(model)  # two and four heads divide 48
     assert_same(student, model, kept)
@@ -61,7 +60,7 @@ def test_logits_equal_those_of_the_masked_dense_model(family, counts):
 def test_tied_or_not(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
     kept = kept_of(model, heads=2, mlp=16)
-    student = pruned(model, kept)
+    student = cut(model, kept)
     torch.testing.assert_close(logits(student), logits(masked(model, kept)), rtol=1e-4, atol=1e-5)
     assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
     assert student.generation_config.temperature == 0.7
@@ -79,7 +78,7 @@ def test_tied_or_not(family, tied):
 def test_biases(family, biases):
     model = tiny_model(family, **biases)
     kept = kept_of(model, heads=2, mlp=16)
-    student = pruned(model, kept)
+    student = cut(model, kept)
     if family != "gpt_neox":
         assert blocks_of(student, anatomy_of(student))[0].self_attn.q_proj.bias.shape == (32,)
     assert_same(student, model, kept)
@@ -90,7 +89,7 @@ def test_multi_query(family):
     # Of six query heads on one key/value head three stay: other ones in every layer.
     model = tiny_model(family, num_key_value_heads=1)
     kept = kept_of(model, heads=3)
-    student = pruned(model, kept)
+    student = cut(model, kept)
     assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (3, 1)
     if family != "olmo2":  # its key norm stays whole, which `masked` does not know
         assert_same(student, model, kept)
@@ -100,7 +99,7 @@ def test_llama_head_count_that_divides_stays_llama():
     # Nine query heads of 8 on three key/value heads in d_model 72, as SmolLM2's nine of 64 in 576: six divide 72.
     model = tiny_model("llama", hidden_size=72, num_attention_heads=9)
     kept = kept_of(model, heads=2)
-    student = pruned(model, kept)
+    student = cut(model, kept)
     assert type(student) is LlamaForCausalLM
     assert student.config.num_attention_heads == 6
     torch.testing.assert_close(logits(student), logits(masked(model, kept)), rtol=1e-4, atol=1e-5)
@@ -123,7 +122,7 @@ def test_llama_head_count_that_divides_stays_llama():
 def test_llama_head_count_that_does_not_divide_becomes_mistral(tmp_path, rope):
     wide = tiny_model("llama", rope_parameters=rope, **WIDE)
     kept = kept_of(wide, heads=3, mlp=20)
-    student = pruned(wide, kept)
+    student = cut(wide, kept)
     assert type(student) is MistralForCausalLM
     assert student.config.sliding_window is None
     assert student.config.head_dim == 4
@@ -137,7 +136,7 @@ def test_llama_head_count_that_does_not_divide_becomes_mistral(tmp_path, rope):
 
 def test_mistral_computes_what_llama_computes_to_the_last_bit():
     wide = tiny_model("llama", **WIDE)
-    student = pruned(wide, kept_of(wide, heads=3, mlp=20))
+    student = cut(wide, kept_of(wide, heads=3, mlp=20))
     config = LlamaConfig(**(student.config.to_dict() | {"num_attention_heads": 12, "num_key_value_heads": 3}))
     config.__dict__["num_attention_heads"] = 9  # past the check that refuses it
     llama = LlamaForCausalLM(config).eval()
@@ -149,20 +148,20 @@ def test_mistral_computes_what_llama_computes_to_the_last_bit():
 def test_other_families_take_any_head_count(family, tmp_path):
     model = tiny_model(family, **WIDE)
     kept = kept_of(model, heads=3, mlp=16)
-    student = pruned(model, kept)
+    student = cut(model, kept)
     assert_same(student, model, kept)
     student.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(student))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dtype_is_kept_and_nothing_is_shared(family):
+def test_dtype_is_kept_and_blocks_share_nothing(family):
     model = tiny_model(family, dtype=torch.bfloat16)
-    student = pruned(model, kept_of(model, heads=2, mlp=16, experts=3))
+    student = cut(model, kept_of(model, heads=2, mlp=16, experts=3))
     assert {value.dtype for value in student.state_dict().values()} == {torch.bfloat16}
     assert student.dtype == student.config.dtype == torch.bfloat16
-    addresses = {value.untyped_storage().data_ptr() for value in model.parameters()}
-    assert not addresses & {value.untyped_storage().data_ptr() for value in student.parameters()}
+    ours, theirs = ({value.untyped_storage().data_ptr() for value in of_blocks(owner)} for owner in (model, student))
+    assert not ours & theirs
     assert not student.training
 
 
@@ -172,4 +171,4 @@ def test_code_of_others_is_refused():
 
     model = Foreign(tiny_model("llama").config)
     with pytest.raises(ModelError, match="not a class of transformers"):
-        pruned(model, kept_of(model, heads=2))
+        cut(model, kept_of(model, heads=2))
