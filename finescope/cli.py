@@ -84,8 +84,9 @@ def plan(recipe: RecipePath, set_: Overrides = None, json: AsJson = False, verbo
         from finescope import pipeline
         from finescope import plan as planning
 
-        pipeline.prepared(loaded, _reporter(log_json=False))
-        planning.show(loaded, as_json=json)
+        reporter = _reporter(log_json=False)
+        pipeline.prepared(loaded, reporter)
+        planning.show(loaded, as_json=json, reporter=reporter)
 
 
 @app.command()

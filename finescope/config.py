@@ -4,7 +4,7 @@ in `config_sae` and `config_screen`.
 What changes a result lives in a step's section; what does not lives in `compute`, which moves no output.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -147,6 +147,10 @@ class CurateSection(Section):
         return self.deduplicate in (True, "near")
 
 
+WithinBlocks = Literal["heads", "mlp", "experts"]
+_WITHIN_BLOCKS: tuple[WithinBlocks, ...] = get_args(WithinBlocks)
+
+
 class PruneSection(Section):
     """How much of the blocks is removed, and how it is chosen."""
 
@@ -154,8 +158,13 @@ class PruneSection(Section):
     method: Literal["taylor", "taylor_second", "activation", "wifv", "magnitude", "random"] = Field(
         default="taylor", description="importance; taylor: LLM-Pruner, of first or second order; activation: Minitron; wifv: FLAP"
     )
-    structure: Literal["auto"] | tuple[Literal["heads", "mlp", "experts"], ...] = Field(
-        default="auto", description="auto: all that the model has, split by estimated loss"
+    structure: Literal["auto"] | tuple[Literal["heads", "mlp", "experts", "blocks"], ...] = Field(
+        default="auto",
+        description="auto: all that the model's blocks have, split by estimated loss; blocks: whole ones leave first, as many as "
+        "the ratio holds, and the others fill the rest",
+    )
+    rounds: int = Field(
+        default=1, ge=1, description="rounds of pruning and training in turns, which reach the ratio in equal factors"
     )
     allocation: Literal["uniform"] = Field(default="uniform", description="the same sizes in every block")
     compensate: bool = Field(default=True, description="re-fit the kept output weights by ridge least squares")
@@ -170,15 +179,26 @@ class PruneSection(Section):
 
     @property
     def reads_documents(self) -> bool:
-        """Whether the importance depends on the calibration documents."""
-        return self.method not in ("magnitude", "random")
+        """Whether an importance is computed that depends on the calibration documents."""
+        return self.method not in ("magnitude", "random") and bool(self.within_blocks)
 
     @field_validator("structure")
     @classmethod
     def _names_a_structure(cls, value: Any) -> Any:
         if not value:
-            raise ValueError("expected auto, or at least one of heads, mlp and experts")
+            raise ValueError("expected auto, or at least one of heads, mlp, experts and blocks")
         return value
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether whole blocks leave."""
+        return "blocks" in self.structure
+
+    @property
+    def within_blocks(self) -> Literal["auto"] | tuple[WithinBlocks, ...]:
+        """What leaves inside of the blocks that stay; empty: nothing."""
+        named: tuple[WithinBlocks, ...] = tuple(kind for kind in _WITHIN_BLOCKS if kind in self.structure)
+        return "auto" if self.structure == "auto" else named
 
 
 class DistillSection(Section):

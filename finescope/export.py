@@ -7,6 +7,7 @@ from finescope import directories, storage
 from finescope.analysis.frames import manifests_of
 from finescope.errors import UserError
 from finescope.manifest import Manifest, domains_of, of_domain
+from finescope.rounds import in_order, kind_of
 
 FORMATS = ("hf", "sae-lens", "sparsify", "gguf")
 
@@ -47,11 +48,11 @@ def _domain(run: str, manifests: Mapping[str, Manifest], asked: str | None) -> s
 
 
 def _export_student(run: str, manifests: Mapping[str, Manifest], target: str) -> str:
-    step = next((name for name in ("distill", "prune") if name in manifests), None)
-    if step is None:
+    students = in_order(name for name in manifests if kind_of(name) in ("prune", "distill"))
+    if not students:
         raise UserError(f"the run at '{run}' has no student yet: neither 'distill' nor 'prune' is done")
     with (
-        directories.local_directory(storage.join(manifests[step].uri, "model")) as model,
+        directories.local_directory(storage.join(manifests[students[-1]].uri, "model")) as model,
         directories.scratch_directory(target) as copy,
     ):
         shutil.copytree(model, copy)

@@ -108,14 +108,15 @@ class RunRecord(Record):
 
 
 def label_of(step: str, domain: str) -> str:
-    """What a step of a domain is called in a run; neither of the two has a dash in it."""
+    """What a step of a domain is called in a run: a step may have a number after a dash, a domain has no dash in it."""
     return f"{step}-{domain}" if domain else step
 
 
 def step_and_domain(label: str) -> tuple[str, str]:
     """What `label_of` joined."""
     step, _, domain = label.partition("-")
-    return step, domain
+    number, _, rest = domain.partition("-")
+    return (f"{step}-{number}", rest) if number.isdigit() else (step, domain)
 
 
 def domains_of(labels: Iterable[str]) -> list[str]:

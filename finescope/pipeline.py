@@ -2,15 +2,17 @@
 
 import contextlib
 import hashlib
+import itertools
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from finescope import manifest, steps, storage
-from finescope.config import ALL_STEPS, Recipe, Section
+from finescope.config import Recipe, Section
 from finescope.config_seeds import SeedFile
 from finescope.errors import RecipeError, StepFailed, UserError
 from finescope.manifest import Manifest, label_of
+from finescope.rounds import Round, rounds_of
 from finescope.runners.base import Context, Reporter, Runner
 from finescope.steps import Outcome, Step, StepInput
 
@@ -59,14 +61,22 @@ def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[
     score = step("score", {**_values(recipe.score), "seeds": seeds}, *shared)
     evaluations = [_contents(path) for path in inputs.curate.decontaminate]
     curate = step("curate", {**_values(recipe.curate), "evaluations": evaluations}, *shared, score)
-    prune = step("prune", _values(recipe.prune), index, model, *drawn_from, curate)
-    distill = step("distill", _values(recipe.distill), index, model, *drawn_from, curate, prune)
+    given = (index, model, *drawn_from, curate)
+    rounds: list[Step] = []
+    for turn in rounds_of(recipe.prune, recipe.distill):
+        before = rounds[-1:]
+        # What is left to other rounds is said by the steps that this one builds on.
+        pruning = {key: value for key, value in _values(turn.pruning).items() if key != "rounds"}
+        prune = step(turn.prune, pruning, *given, *before)
+        distill = step(turn.distill, _values(turn.training), *given, prune, *before)
+        rounds += [prune, distill]
+    *_, prune, distill = rounds
     held_out = [_contents(path) for path in (*inputs.evaluate.target_of(file.domain), *inputs.evaluate.general)]
     measured = {**_values(recipe.evaluate), "target": list(recipe.evaluate.target_of(file.domain))}
     evaluation = {**measured, "seeds": seeds, "held_out": held_out}
     evaluate = step("evaluate", evaluation, index, model, *drawn_from, curate, prune, distill)
-    report = step("report", {}, *shared, score, curate, prune, distill, evaluate)
-    return score, curate, prune, distill, evaluate, report
+    report = step("report", {}, *shared, score, curate, *rounds, evaluate)
+    return score, curate, *rounds, evaluate, report
 
 
 def placed(recipe: Recipe) -> Recipe:
@@ -93,6 +103,7 @@ def placed(recipe: Recipe) -> Recipe:
 
 def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepInput], Outcome]]:
     """What each step does, by label. Imports torch; a run that has nothing to do never comes here."""
+    from finescope.stages.cautions import cautions_of
     from finescope.stages.curate import curate
     from finescope.stages.distill import distill
     from finescope.stages.embed import embed
@@ -123,12 +134,18 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
         of_domain: dict[str, Callable[[StepInput], Outcome]] = {
             "score": lambda step: score(context, corpus_of(r.corpus, step["index"]), seeds, r.score, r.embed, step),
             "curate": lambda step: curate(context, corpus_of(r.corpus, step["index"]), r.curate, step),
-            "prune": lambda step: prune(context, corpus_of(r.corpus, step["index"]), r.prune, step),
-            "distill": lambda step: distill(context, corpus_of(r.corpus, step["index"]), r.distill, step),
             "evaluate": lambda step: evaluate(context, corpus_of(r.corpus, step["index"]), seeds, r.evaluate, step),
             "report": lambda step: report(r, step),
         }
+        for turn in rounds_of(r.prune, r.distill):
+            of_domain |= of_round(seeds, turn)
         functions.update({label_of(name, seeds.domain): function for name, function in of_domain.items()})
+
+    def of_round(seeds: SeedFile, turn: Round) -> dict[str, Callable[[StepInput], Outcome]]:
+        return {
+            turn.prune: lambda step: prune(context, corpus_of(r.corpus, step["index"]), turn, cautions_of(r, seeds), step),
+            turn.distill: lambda step: distill(context, corpus_of(r.corpus, step["index"]), turn, step),
+        }
 
     for seeds in r.seeds.files:
         add(seeds)
@@ -182,10 +199,11 @@ def prepared(recipe: Recipe, reporter: Reporter) -> dict[str, Step]:
 def _until(plan: dict[str, Step], last: str | None) -> dict[str, Step]:
     if last is None:
         return plan
-    names = {step.name for step in plan.values()}
+    names = [step.name for step in plan.values()]
     if last not in names:
-        raise RecipeError(f"--until {last}: no such step; steps: {', '.join(name for name in ALL_STEPS if name in names)}")
-    return {label: step for label, step in plan.items() if ALL_STEPS.index(step.name) <= ALL_STEPS.index(last)}
+        raise RecipeError(f"--until {last}: no such step; steps: {', '.join(dict.fromkeys(names))}")
+    end = len(names) - names[::-1].index(last)
+    return dict(itertools.islice(plan.items(), end))
 
 
 @contextlib.contextmanager

@@ -29,6 +29,9 @@ from finescope.models.source import resolve as resolve_model
 from finescope.pipeline import placed, steps_of
 from finescope.processes import available_memory
 from finescope.pruning.cost import prune_cost
+from finescope.rounds import rounds_of
+from finescope.runners.base import Reporter
+from finescope.stages.cautions import cautions_of
 from finescope.stages.prune import BATCH_TOKENS
 from finescope.steps import Step
 
@@ -85,8 +88,8 @@ def costs(recipe: Recipe) -> list[Cost]:
         Cost("index", corpus.documents, 0, 0.0, _PROCESS, 0),
         Cost("model", 0, 0, 0.0, _PROCESS + 2 * model.weight_bytes, copied),
         *_dictionary_costs(recipe, corpus, model, _passing(recipe, corpus, plan.get("screen"))),
-        _prune_cost(recipe, corpus, model, meta),
         *_model_costs(recipe, corpus, model),
+        *_round_costs(recipe, corpus, model, meta),
     ]
     of_step = {cost.step: cost for cost in found}
     return [
@@ -133,8 +136,8 @@ def _check_disk(output: str, left: list[Cost]) -> None:
         raise ResourceError(f"{place} has {_gb(free)} free; the plan needs about {_gb(needed)} (`finescope plan`)")
 
 
-def show(recipe: Recipe, as_json: bool) -> None:
-    """Print the plan on stdout, then hold it against the machine."""
+def show(recipe: Recipe, as_json: bool, reporter: Reporter) -> None:
+    """Print the plan on stdout, tell `reporter` what speaks against it, and hold it against the machine."""
     planned = costs(recipe)
     if as_json:
         print(json_.dumps([asdict(cost) for cost in planned], indent=2))  # noqa: T201
@@ -149,6 +152,9 @@ def show(recipe: Recipe, as_json: bool) -> None:
             sizes = (f"{cost.documents:,}", f"{cost.tokens:,}", flops, _gb(cost.memory_bytes), _gb(disk))
             table.add_row(cost.step, state, *sizes)
         Console(width=100).print(table)
+    for file in recipe.seeds.files:
+        for caution in cautions_of(placed(recipe), file):
+            reporter.warn(f"{file.domain}: {caution}" if file.domain else caution)
     check_resources(recipe)
 
 
@@ -270,6 +276,18 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
         ),
         Cost("report", 0, 0, 0.0, _PROCESS // 4, 1_000_000),
     ]
+
+
+def _round_costs(recipe: Recipe, corpus: Corpus, model: Size, meta: PreTrainedModel) -> list[Cost]:
+    """`prune` and `distill` of each round: those of a recipe of that round alone, which rewrites in the first. A later round is
+    given a smaller model than is counted here."""
+    found: list[Cost] = []
+    for turn in rounds_of(recipe.prune, recipe.distill):
+        training = turn.training.model_copy(update={"rewrite": turn.training.rewrite and turn.before is None})
+        alone = recipe.model_copy(update={"prune": turn.pruning, "distill": training})
+        distill, *_ = _model_costs(alone, corpus, model)
+        found += [replace(_prune_cost(alone, corpus, model, meta), step=turn.prune), replace(distill, step=turn.distill)]
+    return found
 
 
 def _curated(recipe: Recipe, corpus: Corpus) -> int:

@@ -19,9 +19,10 @@ from finescope.analysis import origins, summaries
 from finescope.analysis.digest import Summaries, digest
 from finescope.analysis.frames import frames_of, manifests_of, tables_of
 from finescope.analysis.table import closing_grid
-from finescope.config import ALL_STEPS, STEPS, ModelSection
+from finescope.config import STEPS, ModelSection
 from finescope.errors import ModelError, UserError
 from finescope.manifest import Manifest, StepState, domains_of, label_of, of_domain, require_run, step_and_domain
+from finescope.rounds import in_order
 
 _HEAD_ROWS = 10
 _CELL_CHARACTERS = 60
@@ -148,10 +149,11 @@ def closing_table(manifests: Mapping[str, Manifest]) -> None:
 def _labels(begun: Mapping[str, StepState]) -> list[str]:
     """All steps of a run: those that are shared, and the others for each domain of which one was begun."""
     domains = domains_of(begun)
+    steps = in_order({*STEPS, *(step for step, _ in map(step_and_domain, begun))})
     own = {step for step, domain in map(step_and_domain, begun) if domain}
-    first = min((ALL_STEPS.index(step) for step in own), default=len(ALL_STEPS))
-    shared = [step for number, step in enumerate(ALL_STEPS) if step in begun or (number < first and step in STEPS)]
-    return shared + [label_of(step, domain) for step in ALL_STEPS[first:] for domain in domains]
+    first = min((steps.index(step) for step in own), default=len(steps))
+    shared = steps[:first] + [step for step in steps[first:] if step in begun]
+    return shared + [label_of(step, domain) for step in steps[first:] for domain in domains]
 
 
 def _digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summaries:

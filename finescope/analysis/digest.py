@@ -7,6 +7,7 @@ import polars as pl
 from finescope.analysis import latents, origins, pruning, summaries
 from finescope.analysis.frames import frames_of, sample_of
 from finescope.manifest import Manifest
+from finescope.rounds import kind_of, round_of
 
 Summaries = dict[str, pl.DataFrame]
 _NEAR = 5
@@ -17,7 +18,19 @@ BACKGROUND = {"files": 8, "rows": 5_000}
 
 
 def digest(manifests: Mapping[str, Manifest], table: str | None = None) -> Summaries:
-    """Summaries by title: of one table, or of all that the run has. A table that nothing is summarised of gives none."""
+    """Summaries by title: of one table, or of all that the run has. A table that nothing is summarised of gives none.
+
+    What earlier rounds of pruning and training wrote stands apart, with the round in the title.
+    """
+    last = {step: manifest for step, manifest in manifests.items() if round_of(step) is None}
+    found = _summaries(last, table)
+    for number in sorted({number for step in manifests if (number := round_of(step)) is not None}):
+        own = {kind_of(step): manifest for step, manifest in manifests.items() if round_of(step) == number}
+        found |= {f"{title} (round {number})": frame for title, frame in _summaries(own, table).items()}
+    return found
+
+
+def _summaries(manifests: Mapping[str, Manifest], table: str | None) -> Summaries:
     there = {name for manifest in manifests.values() for name in manifest.tables}
     wanted = [name for name in _OF_TABLE if name in there and table in (None, name)]
     return {title: frame for name in wanted for title, frame in _OF_TABLE[name](manifests).items()}

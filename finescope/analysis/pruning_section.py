@@ -9,15 +9,15 @@ from finescope.analysis import charts, pruning
 from finescope.analysis.frames import frame_of
 from finescope.manifest import Manifest
 
-_KINDS = {"heads": "key/value heads", "experts": "experts", "mlp": "MLP channels"}
+_KINDS = {"blocks": "blocks", "heads": "key/value heads", "experts": "experts", "mlp": "MLP channels"}
 # Cells of a block's row in the map of its groups: enough to see the shape, few enough to be drawn.
 _CELLS = 64
 _LATENTS = 5
 
 
-def pruning_section(manifest: Manifest) -> dict[str, Any]:
+def pruning_section(manifest: Manifest, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """What the template needs: the map of importance (chart), kinds, layers, facts, the correlation with general importance
-    (a drawing) and the latents of heads, both empty where a run has none."""
+    (a drawing) and the latents of heads, both empty where a run has none, and what each round took, as it was given."""
     importance = frame_of(manifest, "importance")
     groups = pruning.pruned_groups(importance)
     kinds = {kind: title for kind, title in _KINDS.items() if kind in groups["kind"]}
@@ -35,6 +35,7 @@ def pruning_section(manifest: Manifest) -> dict[str, Any]:
         "facts": manifest.facts,
         "correlation": _correlation(groups),
         "heads": _heads(manifest),
+        "rounds": rounds,
     }
 
 

@@ -18,8 +18,8 @@ from finescope.analysis.frames import frame_of, frames_of, sample_of
 from finescope.analysis.pruning_section import pruning_section
 from finescope.analysis.sae_section import sae_section
 from finescope.analysis.table import closing_grid, shown
-from finescope.config import ALL_STEPS
 from finescope.manifest import Manifest, now
+from finescope.rounds import in_order, kind_of
 
 REPORT = "report.html"
 _EXAMPLES = 8
@@ -53,7 +53,7 @@ def write_report(output: str, manifests: Mapping[str, Manifest], to_uri: str) ->
 
 def render(output: str, manifests: Mapping[str, Manifest]) -> str:
     """The report as HTML. All text of the corpus is escaped; only the charts are inserted as they are."""
-    run = _Run({name: manifests[name] for name in ALL_STEPS if name in manifests and name != "report"})
+    run = _Run({name: manifests[name] for name in in_order(manifests) if name != "report"})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"count": _count, "percent": _percent, "seconds": _seconds}
     source = importlib.resources.files("finescope.analysis").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def render(output: str, manifests: Mapping[str, Manifest]) -> str:
         scores=_scores(run),
         curated=_curated(run),
         sae=sae_section(run.manifests["sae"]) if "sae" in run.manifests else None,
-        pruned=pruning_section(run.manifests["prune"]) if run.has("prune", "importance") else None,
+        pruned=pruning_section(run.manifests["prune"], _rounds(run)) if run.has("prune", "importance") else None,
         distilled=_distilled(run),
         rewrites=_rewrites(run),
         rejects=summaries.rejects_by_reason(frames_of(run.manifests, "rejects")).to_dicts(),
@@ -172,6 +172,22 @@ def _distilled(run: _Run) -> dict[str, Any] | None:
     labels = {"metrics": "recovered", "control_metrics": "control"}
     series = {label: run.frame("distill", table) for table, label in labels.items() if run.has("distill", table)}
     return {"facts": facts, "charts": curve_charts(series, _DISTILL_CURVES, run.facts("distill").get("history_steps", ()))}
+
+
+def _rounds(run: _Run) -> list[dict[str, Any]]:
+    """What each round of pruning took, of the model that it was given and of the base; empty where there was one."""
+    numbered = [name for name in run.manifests if kind_of(name) == "prune"]
+    rounds = [run.facts(name) for name in numbered]
+    return [
+        {
+            "step": name,
+            "parameters": facts["parameters_after"],
+            "of_input": facts.get("of_input", facts)["ratio_reached"],
+            "of_base": facts["ratio_reached"],
+        }
+        for name, facts in zip(numbered, rounds, strict=True)
+        if len(rounds) > 1
+    ]
 
 
 def _rewrites(run: _Run) -> dict[str, Any] | None:

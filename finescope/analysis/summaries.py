@@ -5,8 +5,8 @@ from typing import Any
 
 import polars as pl
 
-from finescope.config import ALL_STEPS
 from finescope.manifest import Manifest
+from finescope.rounds import in_order
 
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # The column by which a corpus says where a document came from.
@@ -178,8 +178,8 @@ def wall_time(manifests: Mapping[str, Manifest]) -> pl.DataFrame:
     """Time by step, in the order of the pipeline: step, seconds, share, rows_in, rows_out, rejects."""
     rows: list[dict[str, Any]] = [
         {"step": name, "seconds": m.seconds, "rows_in": m.rows_in, "rows_out": m.rows_out, "rejects": m.rejects}
-        for name in ALL_STEPS
-        if (m := manifests.get(name)) is not None
+        for name in in_order(manifests)
+        for m in (manifests[name],)
     ]
     integers = dict.fromkeys(("rows_in", "rows_out", "rejects"), pl.Int64)
     frame = pl.DataFrame(rows, schema={"step": pl.String, "seconds": pl.Float64, **integers})

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -138,6 +138,15 @@ def read_texts(paths: Sequence[str], corpus: CorpusSection, tokenizer: "PreTrain
         for row in _all_rows(file):
             texts.append(_text(row, corpus, tokenizer, f"'{file.info.path}', row {row[ROW]}"))
     return texts
+
+
+def read_row_strings(paths: Sequence[str], format: Literal["auto", "jsonl"], key: str) -> list[str]:
+    """All strings of each row, joined: what a set is about, whatever its columns are called. `key` names the paths in errors.
+
+    Raises:
+        CorpusError: no file, or a row that cannot be read; the message names file and row.
+    """
+    return ["\n".join(_strings(row)) for file in resolve_paths(paths, format, key) for row in _all_rows(file)]
 
 
 def read_strings(paths: Sequence[str]) -> list[tuple[str, str]]:

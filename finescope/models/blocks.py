@@ -1,7 +1,7 @@
 """A model one decoder block at a time: the blocks stay on disk until each is asked for, however large the model."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from finescope.models.anatomy import Anatomy, anatomy_of, blocks_of
+from finescope.models.depth import with_blocks
 from finescope.models.load import ModelReference, load_meta_model, load_model, nested_names, quiet, refuse_defects
 from finescope.models.local_files import local_files
 
@@ -121,6 +122,31 @@ def open_blocks(reference: ModelReference, device: torch.device | str) -> Iterat
         conversions: Any = get_model_conversion_mapping(model, mapping)
         loading = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, weight_mapping=conversions)
         yield BlocksOnDisk(model, anatomy, reference, _names_by_layer(files, reference, anatomy, left_out), loading)
+
+
+@dataclass(frozen=True)
+class SomeBlocks:
+    """Some blocks of another source, as a shallower model of the same class; both share what is beside the blocks."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    whole: Blocks
+    origins: tuple[int, ...]  # a layer: which block of `whole` it is
+
+    def block(self, layer: int) -> AbstractContextManager[nn.Module]:
+        """See `Blocks.block`."""
+        return self.whole.block(self.origins[layer])
+
+
+def without_blocks(whole: Blocks, kept: Sequence[int]) -> SomeBlocks:
+    """The model of the blocks `kept` alone: 0-based, ascending."""
+    dense = whole.model
+    attention = getattr(dense.config, "_attn_implementation", None)
+    with torch.device("meta"):
+        model: Any = type(dense)._from_config(with_blocks(dense.config, kept), dtype=dense.dtype, attn_implementation=attention)
+    adopt_rest(model, dense, whole.anatomy)
+    model.generation_config = dense.generation_config
+    return SomeBlocks(model.eval().requires_grad_(False), whole.anatomy, whole, tuple(kept))
 
 
 def adopt_rest(model: PreTrainedModel, other: PreTrainedModel, anatomy: Anatomy) -> None:

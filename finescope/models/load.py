@@ -18,6 +18,7 @@ from finescope import directories, storage
 from finescope.config import ModelSection
 from finescope.errors import ModelError
 from finescope.models.anatomy import anatomy_of, block_parameters, blocks_of
+from finescope.models.depth import with_blocks
 from finescope.models.local_files import local_files, local_gguf
 from finescope.models.nested import NESTED, text_config
 from finescope.models.source import ModelSource
@@ -216,16 +217,11 @@ def _dequantise(gguf: str, uri: str, config: PreTrainedConfig, dtype: str) -> No
 
 
 def _truncated(config: PreTrainedConfig, num_layers: int, reference: ModelReference) -> PreTrainedConfig:
-    """The configuration of the first blocks alone: what it lists a layer is cut too."""
+    """The configuration of the first blocks alone."""
     total = config.num_hidden_layers
     if not 1 <= num_layers <= total:
         raise ModelError(f"layer {num_layers}: model '{reference.path}' has blocks 1 to {total}")
-    settings = config.to_dict()
-    if settings.get("layer_types") is not None:
-        settings["layer_types"] = settings["layer_types"][:num_layers]
-    # GPT-2 calls it n_layer.
-    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = num_layers
-    return type(config).from_dict(settings)
+    return with_blocks(config, range(num_layers))
 
 
 def refuse_defects(reference: ModelReference, **defects: Iterable[str]) -> None:

@@ -21,15 +21,17 @@ Counts = tuple[int, ...]  # for each of `Layout.groups` how many stay in a row
 _FINEST: tuple[Kind, ...] = ("mlp", "experts", "heads")
 
 
-def choose(importance: Importance, layout: Layout, ratio: float, structure: Structure, round_to: int) -> Kept:
+def choose(importance: Importance, layout: Layout, ratio: float, structure: Structure, round_to: int, *, required: bool) -> Kept:
     """The groups to keep, so that about `ratio` of the block parameters leave: within half of what one rounding step holds.
 
     With several kinds ('auto': all that the model has) each count of removed heads and experts up to `ratio` of them is tried,
     channels fill the rest, and the split whose removed groups have the smallest summed importance is taken. The channels kept
     are all, or a multiple of `round_to` (of 1 in an MLP smaller than that); of experts as many stay as a token uses, or more.
+    `required`: a ratio above 0 must remove something.
 
     Raises:
-        RecipeError: the ratio cannot be reached or removes nothing, or `structure` names a kind that the model cannot lose.
+        RecipeError: the ratio cannot be reached, or removes nothing though it must, or `structure` names a kind that the model
+            cannot lose.
     """
     kinds = kinds_of(layout, structure)
     whole = tuple(groups.number for groups in layout.groups)
@@ -44,7 +46,7 @@ def choose(importance: Importance, layout: Layout, ratio: float, structure: Stru
         )
     loss = _Loss(importance, layout)
     best = min(splits, key=loss)
-    if ratio and best == whole:
+    if required and ratio and best == whole:
         raise RecipeError(
             f"prune.ratio {ratio} removes nothing with {given}: "
             f"expected 0 or more than {math.ceil(_smallest_step(layout, kinds, options) * 1e4) / 1e4}"

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from finescope.errors import StepFailed
 from finescope.models.anatomy import Anatomy, has_experts
+from finescope.models.blocks import Blocks
 from finescope.pruning.experts import refit_experts
 from finescope.pruning.readers import ReaderFit, attention_readers, mlp_readers
 from finescope.pruning.ridge import Moments, OutputMap, Refit
 from finescope.pruning.stream import (
     Batch,
     Stream,
+    advance,
     fitted_tokens,
     input_of,
     mlp_arguments,
@@ -31,38 +33,60 @@ from finescope.pruning.stream import (
 class Compensation:
     """Re-fits a student's blocks from the first to the last, each along the way of a token: attention, then MLP.
 
+    The target of a block is what the dense block that it is made of reads, and the stream after that. So the first one after
+    whole blocks that have left makes up for them; where the last ones have left, the student's last block does, as its target is
+    the stream after them all.
+
     In memory at a time, for all calibration tokens: five hidden states, and the inputs of one map or, of experts, three hidden
     states more. Padding and position 0 (the attention sink, whose norm would outweigh all others) are left out of the fit.
     """
 
-    def __init__(self, model: PreTrainedModel, student: PreTrainedModel, anatomy: Anatomy, batches: Sequence[Batch]) -> None:
-        """Begin at the embeddings; the weights of both models' blocks may be on the meta device.
+    def __init__(self, source: Blocks, origins: Sequence[int], student: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        """Begin at the embeddings; the weights of the student's blocks may be on the meta device.
+
+        origins: the blocks of `source` that the student's are made of, 0-based, ascending.
 
         Raises:
             StepFailed: no document has two tokens.
         """
-        self._anatomy, self._chosen = anatomy, fitted_tokens(batches)
+        self._source, self._anatomy, self._origins, self._chosen = source, source.anatomy, origins, fitted_tokens(batches)
         if not sum(int(mask.sum()) for mask in self._chosen):
             raise StepFailed("compensation: no calibration document has two tokens")
-        self._dense, self._pruned = open_stream(model, anatomy, batches), open_stream(student, anatomy, batches)
+        self._dense = open_stream(source.model, source.anatomy, batches)
+        self._pruned = open_stream(student, source.anatomy, batches)
+        self._skip(range(origins[0]))
 
-    def refit(self, layer: int, block: nn.Module, student_block: nn.Module) -> list[Refit]:
-        """Re-fit the student's block towards the dense one and move both streams past them.
+    def follow(self, layer: int, dense: nn.Module) -> None:
+        """Move the dense stream past the dense block that the student's block `layer` is made of, and note the way."""
+        self._way = _advance(dense, self._anatomy, self._dense, self._origins[layer])
+
+    def refit(self, layer: int, block: nn.Module) -> list[Refit]:
+        """Re-fit the student's block to what `follow` noted, and move both streams to the next.
 
         Raises:
             StepFailed: activations or weights are not finite.
         """
         anatomy, pruned, chosen = self._anatomy, self._pruned, self._chosen
-        attention_reads, between, mlp_reads = _advance(block, anatomy, self._dense, layer)
-        refit_mlp = refit_experts if has_experts(student_block, anatomy) else _refit_mlp
-        return [
-            *self._refit_readers(
-                layer, student_block, anatomy.qkv[0], attention_reads, attention_readers(student_block, anatomy)
-            ),
-            _refit_attention(student_block, anatomy, pruned, layer, between, chosen),
-            *self._refit_readers(layer, student_block, anatomy.mlp, mlp_reads, mlp_readers(student_block, anatomy)),
-            refit_mlp(student_block, anatomy, pruned, layer, self._dense.hidden, chosen),
+        attention_reads, between, mlp_reads = self._way
+        last = layer + 1 == len(self._origins)
+        if last:
+            self._skip(range(self._origins[layer] + 1, len(self._dense.calls)))
+        refit_mlp = refit_experts if has_experts(block, anatomy) else _refit_mlp
+        refits = [
+            *self._refit_readers(layer, block, anatomy.qkv[0], attention_reads, attention_readers(block, anatomy)),
+            _refit_attention(block, anatomy, pruned, layer, between, chosen),
+            *self._refit_readers(layer, block, anatomy.mlp, mlp_reads, mlp_readers(block, anatomy)),
+            refit_mlp(block, anatomy, pruned, layer, self._dense.hidden, chosen),
         ]
+        if not last:
+            self._skip(range(self._origins[layer] + 1, self._origins[layer + 1]))
+        return refits
+
+    def _skip(self, removed: Iterable[int]) -> None:
+        """Move the dense stream past blocks that the student lacks."""
+        for layer in removed:
+            with self._source.block(layer) as block:
+                advance(block, self._dense, layer)
 
     @torch.no_grad()
     def _refit_readers(

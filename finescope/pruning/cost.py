@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from finescope.config import PruneSection
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts
 from finescope.models.groups import Layout, layout_of
+from finescope.pruning import depth
 from finescope.pruning.files import SHARD_BYTES
 from finescope.pruning.taylor import LOGIT_ROWS
 
@@ -19,7 +20,7 @@ class PruneCost:
     """Upper estimates; memory is what comes on top of a process that has loaded its libraries."""
 
     load_bytes: int
-    importance_bytes: int
+    importance_bytes: int  # of blocks too, where whole ones leave
     student_bytes: int  # to cut, re-fit and save the student
     scratch_bytes: int  # hidden states on disk
     importance_flops: float
@@ -74,8 +75,9 @@ def prune_cost(
     """
     layout, size = layout_of(model, anatomy_of(model)), bytes_per_parameter
     sizes = _sizes(model, layout, section, tokens, longest, batch_tokens)
-    kept, taylor = 1 - section.ratio, section.method in ("taylor", "taylor_second")
-    forward = section.method in ("activation", "wifv")
+    kept, within = 1 - section.ratio, bool(section.within_blocks)
+    taylor = within and section.method in ("taylor", "taylor_second")
+    forward = within and section.method in ("activation", "wifv")
     hidden = tokens * sizes.d_model * size
     boundaries = layout.num_layers * hidden * taylor
     spilled = boundaries > HELD_BYTES
@@ -83,15 +85,21 @@ def prune_cost(
     skeleton = (sizes.rest + 2 * sizes.block) * size
     student = skeleton + int(kept * sizes.block * size) + min(SHARD_BYTES, int(kept * layout.block_params * size))
     head, blocks = 2.0 * tokens * sizes.d_model * sizes.vocabulary, 2.0 * tokens * layout.block_params
+    work, probed = depth.work(layout.num_layers, section.ratio), min(tokens, depth.DOCUMENTS * longest)
     return PruneCost(
         load_bytes=skeleton + sizes.rest * size // 2,
         importance_bytes=skeleton
-        + (hidden + boundaries * (not spilled) + _backward_bytes(sizes, size)) * taylor
-        + (hidden + _activation_bytes(sizes, size) + 24 * sizes.batch * sizes.wide) * forward,
+        + max(
+            (hidden + boundaries * (not spilled) + _backward_bytes(sizes, size)) * taylor,
+            (hidden + _activation_bytes(sizes, size) + 24 * sizes.batch * sizes.wide) * forward,
+            ((work.streams + 1) * probed * sizes.d_model * size + _activation_bytes(sizes, size)) * section.removes_blocks,
+        ),
         student_bytes=max(student + _refit_bytes(sizes, hidden, size) * _refits(section), student + sizes.rest * size),
         scratch_bytes=boundaries * spilled,
         # Forward; forward again and backward; the head forward and, as its weight gets no gradient, half of backward.
-        importance_flops=(4 * blocks + 2 * head) * taylor + blocks * forward,
+        importance_flops=(4 * blocks + 2 * head) * taylor
+        + blocks * forward
+        + (work.passes * blocks + work.losses * head) * probed / max(tokens, 1) * section.removes_blocks,
         student_flops=(blocks * (1 + 2 * kept) + _refit_flops(sizes, layout.num_layers)) * _refits(section),
         pass_flops=3 * (blocks + head),
     )
@@ -106,10 +114,12 @@ def _sizes(model: PreTrainedModel, layout: Layout, section: PruneSection, tokens
     blocks = blocks_of(model, anatomy)
     shapes = [[parameter.numel() for parameter in block.parameters()] for block in blocks]
     channels = max(parts["channel"][0] for parts in layout.parts)
-    named = tuple(groups.kind for groups in layout.groups) if isinstance(section.structure, str) else section.structure
+    within = section.within_blocks
+    named = tuple(groups.kind for groups in layout.groups) if isinstance(within, str) else within
     kinds = [kind for kind in named if kind not in layout.refused]
-    # What other kinds do not lose the channels do: at least their share leaves, and half a rounding step less.
-    if "mlp" in kinds:
+    # What other kinds do not lose the channels do: at least their share leaves, and half a rounding step less. Whole blocks may
+    # leave them all.
+    if "mlp" in kinds and not section.removes_blocks:
         channels = min(channels, int((1 - section.ratio) * channels) + section.round_to)
     experts = max((parts["expert"][0] for parts in layout.parts if "expert" in parts), default=1)
     return _Sizes(

@@ -14,6 +14,11 @@ from finescope.models.groups import Layout
 Kept = tuple[np.ndarray, ...]
 
 
+def all_of(layout: Layout) -> Kept:
+    """Every group stays."""
+    return tuple(np.tile(np.arange(groups.number), (len(groups.layers), groups.rows, 1)) for groups in layout.groups)
+
+
 class Place(NamedTuple):
     """A cut of one block's parameter, and where what is known of its groups is kept."""
 

@@ -1,4 +1,6 @@
-"""Prune a model for a domain, one block in memory at a time: importance, allocation, then surgery and compensation by block."""
+"""Prune a model for a domain, one block in memory at a time: depth, importance, allocation, then surgery and
+compensation by block.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +11,12 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from finescope.config import PruneSection
-from finescope.models.blocks import Blocks
+from finescope.models.blocks import Blocks, without_blocks
 from finescope.models.groups import Layout, layout_of
 from finescope.pruning.activation import activation_importance
 from finescope.pruning.allocation import choose
-from finescope.pruning.groups import Kept
+from finescope.pruning.depth import choose_blocks
+from finescope.pruning.groups import Kept, all_of
 from finescope.pruning.hidden import hidden_states
 from finescope.pruning.importance import Importance, magnitude_importance, random_importance
 from finescope.pruning.measured import Clock
@@ -57,14 +60,25 @@ def prune_model(
     """
     assert not source.model.training
     layout = layout_of(source.model, source.anatomy)
-    with clock.part("importance"):
-        importance = importance_by_method(source, layout, section, batches, places.spill_to, progress)
-    with clock.part("selection"):
-        kept = choose(importance, layout, section.ratio, section.structure, section.round_to)
+    shallower, inner, depth, importance = source, layout, None, None
+    if section.removes_blocks:
+        with clock.part("depth"):
+            depth = choose_blocks(source, batches, section.ratio, bool(section.within_blocks), progress)
+        shallower = without_blocks(source, depth.kept)
+        inner = layout_of(shallower.model, source.anatomy)
+    origins, kept = tuple(range(layout.num_layers)) if depth is None else depth.kept, all_of(inner)
+    if section.within_blocks:
+        with clock.part("importance"):
+            importance = importance_by_method(shallower, inner, section, batches, places.spill_to, progress)
+        with clock.part("selection"):
+            rest = max(0.0, 1 - (1 - section.ratio) * layout.block_params / inner.block_params)
+            kept = choose(
+                importance, inner, rest, section.within_blocks, section.round_to, required=inner.num_layers == layout.num_layers
+            )
     with clock.part("compensation"):
-        surgery = Surgery(source.model, source.anatomy, layout, kept)
+        surgery = Surgery(shallower.model, source.anatomy, inner, kept)
         fitted_on = batches if _refits(section) else ()
-        refits, cases = build_student(source, surgery, fitted_on, places.student, clock, progress)
+        refits, cases = build_student(source, origins, surgery, fitted_on, places.student, clock, progress)
     student = surgery.student
     after = layout_of(student, source.anatomy)
     summary = {
@@ -80,19 +94,23 @@ def prune_model(
         "calibration_documents": sum(len(mask) for _, mask in batches),
         "calibration_tokens": _num_tokens(batches),
         "compensated": bool(refits),
-        **_experts(importance, refits),
+        **({} if depth is None else {"blocks": depth.summary()}),
+        **({} if importance is None else _experts(importance, origins)),
+        **_experts_left_out(refits),
         "refits": [refit._asdict() for refit in refits],
     }
-    return PruneResult(student, importance_table(importance, layout, kept), summary, cases)
+    tables = [] if depth is None else [depth.rows()]
+    tables += [] if importance is None else [importance_table(importance, inner, kept, origins)]
+    return PruneResult(student, pa.concat_tables(tables).sort_by("layer"), summary, cases)
 
 
 def planned_tokens(section: PruneSection, num_tokens: int) -> int:
-    """What `progress` sums to: the calibration tokens once for an importance that runs them and once for compensation."""
-    return num_tokens * (section.reads_documents + _refits(section))
+    """What `progress` sums to: the calibration tokens once for each of depth, an importance that runs them and compensation."""
+    return num_tokens * (section.removes_blocks + section.reads_documents + _refits(section))
 
 
-def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.Table:
-    """One row a group, ordered by layer, kind and index.
+def importance_table(importance: Importance, layout: Layout, kept: Kept, origins: Sequence[int]) -> pa.Table:
+    """One row a group, ordered by layer, kind and index. `origins` are the layers that those of `layout` are of, 0-based.
 
     A channel c of expert e is group e * channels + c. Its parameters are also those of the expert: where that leaves, none of
     its channels is kept. `general` is null.
@@ -107,7 +125,7 @@ def importance_table(importance: Importance, layout: Layout, kept: Kept) -> pa.T
             np.put_along_axis(stays, kept[index][position], True, axis=1)
             if groups.by_expert:
                 stays &= np.isin(np.arange(groups.rows), kept[layout.find("experts", layer)[0]][position])[:, None]
-            columns["layer"].append(np.full(stays.size, layer + 1))
+            columns["layer"].append(np.full(stays.size, origins[layer] + 1))
             columns["kind"].append(np.full(stays.size, groups.kind))
             columns["group_index"].append(np.arange(stays.size))
             columns["importance"].append(importance.values[index][position].reshape(-1))
@@ -144,9 +162,9 @@ def importance_by_method(
 
 
 def _sizes(layout: Layout, when: str) -> dict[str, int]:
-    """What a block has of each kind."""
+    """How many blocks there are, and what one has of each kind."""
     names = {("mlp", False): "mlp_channels", ("mlp", True): "expert_channels", ("experts", False): "experts"}
-    sizes = {"query_heads": layout.heads.num_query, "kv_heads": layout.heads.num_kv}
+    sizes = {"blocks": layout.num_layers, "query_heads": layout.heads.num_query, "kv_heads": layout.heads.num_kv}
     sizes |= {
         names[groups.kind, groups.by_expert]: groups.number
         for groups in layout.groups
@@ -155,17 +173,18 @@ def _sizes(layout: Layout, when: str) -> dict[str, int]:
     return {f"{name}_{when}": size for name, size in sizes.items()}
 
 
-def _experts(importance: Importance, refits: Sequence[Refit]) -> dict[str, Any]:
+def _experts(importance: Importance, origins: Sequence[int]) -> dict[str, Any]:
     """How the calibration set uses a mixture of experts; empty for a dense model."""
-    tokens, facts = importance.expert_tokens, {}
-    if tokens:
-        unused = {layer + 1: np.flatnonzero(counts == 0).tolist() for layer, counts in tokens.items()}
-        facts["experts_without_tokens"] = sum(map(len, unused.values()))
-        facts["unused_experts"] = {str(layer): experts for layer, experts in unused.items() if experts}
+    if not importance.expert_tokens:
+        return {}
+    unused = {origins[layer] + 1: np.flatnonzero(counts == 0).tolist() for layer, counts in importance.expert_tokens.items()}
+    named = {str(layer): experts for layer, experts in unused.items() if experts}
+    return {"experts_without_tokens": sum(map(len, unused.values())), "unused_experts": named}
+
+
+def _experts_left_out(refits: Sequence[Refit]) -> dict[str, int]:
     left_out = [refit.experts_left_out for refit in refits if refit.experts_left_out is not None]
-    if left_out:
-        facts["experts_not_refitted"] = sum(left_out)
-    return facts
+    return {"experts_not_refitted": sum(left_out)} if left_out else {}
 
 
 def _refits(section: PruneSection) -> bool:

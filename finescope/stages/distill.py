@@ -15,8 +15,9 @@ from finescope.distillation.examples import build_examples, to_table
 from finescope.distillation.loop import TrainJob
 from finescope.distillation.rewrite import Rewriter, select_first
 from finescope.errors import StepFailed
-from finescope.manifest import TableFile
+from finescope.manifest import Manifest, TableFile
 from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
+from finescope.rounds import Round
 from finescope.runners.base import Context, Resources
 from finescope.stages.cards import model_card
 from finescope.stages.references import memory_bytes, model_of, random_documents, read_located, read_shards
@@ -74,30 +75,33 @@ def _silent(amount: int) -> None:
     """Units are told of when they are done."""
 
 
-def distill(context: Context, corpus: CorpusSection, section: DistillSection, step: StepInput) -> Outcome:
-    """Rewrite, train, merge; rows are those of `rewrites`.
+def distill(context: Context, corpus: CorpusSection, turn: Round, step: StepInput) -> Outcome:
+    """Rewrite, train, merge; rows are those of `rewrites`. A later round trains on what the first has rewritten.
 
     Raises:
         StepFailed: there is nothing to train on, or the training diverges.
     """
-    model = model_of(step["model"])
+    section, model, pruned = turn.training, model_of(step["model"]), step[turn.prune]
     curated = read_shards(step["curate"], "curated")
-    documents = curated
-    if section.data == "random":
-        documents = _random(context, corpus, section, step, model, curated)
-    pairs = _pairs(documents, corpus, section, model)
-    rewrites = _rewrite(context, section, model, pairs, step.uri, "rewrites")
-    trained = _train(context, section, step, rewrites, "", None)
+    if turn.before is None:
+        documents = curated
+        if section.data == "random":
+            documents = _random(context, corpus, section, step, model, curated)
+        pairs = _pairs(documents, corpus, section, model)
+        rewrites, given = _rewrite(context, section, model, pairs, step.uri, "rewrites"), len(pairs)
+    else:
+        rewrites, given = _copied(step[turn.before], "rewrites", step.uri), step[turn.before].rows_out
+    trained = _train(context, section, step, pruned, rewrites, "", None)
     tables = {"rewrites": rewrites, "metrics": _metrics(step.uri, "")}
     facts: dict[str, Any] = {**trained, "reference": _reference(step, model, "").model_dump(mode="json")}
     if section.control:
         chosen = _random(context, corpus, section, step, model, curated)
         control = _rewrite(context, section, model, _pairs(chosen, corpus, section, model), step.uri, "control/rewrites")
-        outcome = _train(context, section, step, control, "control", trained["training_tokens"])
+        outcome = _train(context, section, step, pruned, control, "control", trained["training_tokens"])
         tables |= {"control_rewrites": control, "control_metrics": _metrics(step.uri, "control")}
         facts["control"] = {**outcome, "reference": _reference(step, model, "control").model_dump(mode="json")}
     rows = sum(file.rows for file in rewrites)
-    return Outcome(len(pairs), rows, 0, tables, facts)
+    return Outcome(given, rows, 0, tables, facts)
 
 
 def _random(
@@ -152,16 +156,25 @@ def _rewrite(
     )
 
 
+def _copied(manifest: Manifest, name: str, uri: str) -> tuple[TableFile, ...]:
+    """The shards of another step's table, as they are, below `uri`."""
+    files = manifest.tables[name].files
+    for file in files:
+        storage.put_bytes(storage.join(uri, file.path), storage.read_bytes(storage.join(manifest.uri, file.path)))
+    return files
+
+
 def _train(
     context: Context,
     section: DistillSection,
     step: StepInput,
+    pruned: Manifest,
     rewrites: Sequence[TableFile],
     folder: str,
     cap_tokens: int | None,
 ) -> dict[str, Any]:
     """Train one student on a table of rewrites; its files go to `folder` of the step. Returns facts about it."""
-    student = ModelReference.model_validate(step["prune"].facts["reference"])
+    student = model_of(pruned)
     home = storage.join(step.uri, folder) if folder else step.uri
     tables = [storage.read_parquet(storage.join(step.uri, file.path)) for file in rewrites]
     table = schemas.conform(pa.concat_tables(tables), schemas.REWRITES)
@@ -180,7 +193,7 @@ def _train(
         with context.reporter.task(name, len(planned.steps), "steps") as progress:
             resources = Resources(memory_bytes(student, copies))
             context.runner.train(loop.train, (job,), progress, resources, section.zero_stage)
-        _write_card(step, section, home, folder or "recovered", planned.tokens)
+        _write_card(step, section, pruned, home, folder or "recovered", planned.tokens)
         storage.put_json(storage.join(home, "trained.json"), {"tokens": planned.tokens, "steps": len(planned.steps)})
     storage.delete(storage.join(home, "checkpoints"))
     used = table.column("used").to_pylist()
@@ -194,9 +207,9 @@ def _train(
     }
 
 
-def _write_card(step: StepInput, section: DistillSection, home: str, kind: str, tokens: int) -> None:
+def _write_card(step: StepInput, section: DistillSection, pruned: Manifest, home: str, kind: str, tokens: int) -> None:
     facts = {"method": section.method, "rank": section.rank, "learning rate": section.learning_rate, "training tokens": tokens}
-    sizes = {key: step["prune"].facts[key] for key in ("parameters_before", "parameters_after", "ratio_reached")}
+    sizes = {key: pruned.facts[key] for key in ("parameters_before", "parameters_after", "ratio_reached")}
     card = model_card(model_of(step["model"]), step["model"].facts["source"], kind, {**sizes, **facts})
     storage.put_bytes(storage.join(home, "model", "README.md"), card.encode())
 

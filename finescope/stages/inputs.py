@@ -11,6 +11,7 @@ from finescope.corpus.tokenise import tokenise
 from finescope.errors import CorpusError
 from finescope.manifest import Manifest
 from finescope.models.anatomy import anatomy_of
+from finescope.models.depth import check_blocks_may_leave
 from finescope.models.groups import kinds_of, layout_of
 from finescope.models.load import load_meta_model, load_tokenizer
 from finescope.stages.references import model_of
@@ -31,7 +32,11 @@ def check_inputs(recipe: Recipe, model: Manifest, left: Sequence[Step]) -> None:
     steps = {step.name for step in left}
     if "prune" in steps:
         meta = load_meta_model(reference)
-        kinds_of(layout_of(meta, anatomy_of(meta)), recipe.prune.structure)
+        layout = layout_of(meta, anatomy_of(meta))
+        if recipe.prune.removes_blocks:
+            check_blocks_may_leave(meta.config)
+        if recipe.prune.within_blocks:
+            kinds_of(layout, recipe.prune.within_blocks)
     tokenizer = load_tokenizer(reference)
     for seeds in recipe.seeds.files:
         if "screen" in steps or ("score", seeds.domain) in {(step.name, step.domain) for step in left}:

@@ -89,7 +89,8 @@ def section_of(arguments: argparse.Namespace) -> PruneSection:
 def prune(arguments: argparse.Namespace) -> dict[str, Any]:
     spills = estimate(arguments, arguments.layers, arguments.documents * arguments.max_tokens)["spills"]
     uri = storage.join(str(arguments.folder), "student")
-    job = PruneJob(reference(arguments), "random", section_of(arguments), documents(arguments), (), uri, spills)
+    model = reference(arguments)
+    job = PruneJob(model, "random", model, section_of(arguments), documents(arguments), (), uri, spills)
     began = time.perf_counter()
     _, facts = prune_calibrated(job, lambda _: None)
     kept = ("ratio_reached", "query_heads_after", "kv_heads_after", "mlp_channels_after", "reload", "peak", "seconds")

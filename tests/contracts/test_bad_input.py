@@ -30,6 +30,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("embed", "poling", "max", ("embed.poling: unknown key", "did you mean 'pooling'")),
         ("sae", "k", "many", ("sae.k: ", "valid integer", "'many'")),
         ("prune", "ratio", 1.5, ("prune.ratio: ", "less than 1", "1.5")),
+        ("prune", "rounds", 0, ("prune.rounds: ", "greater than or equal to 1", "0")),
+        ("prune", "rounds", "two", ("prune.rounds: ", "valid integer", "'two'")),
+        ("prune", "structure", ["block"], ("prune.structure", "'heads', 'mlp', 'experts' or 'blocks'", "'block'")),
         ("score", "weighting", "tfidf", ("score.weighting: ", "'none', 'idf', 'centred', 'decoded' or 'contrast'", "'tfidf'")),
     ],
 )

@@ -57,6 +57,16 @@ def test_groups_that_a_family_cannot_lose_are_refused_before_the_dear_steps(inpu
     assert "transformer.h.N.attn.c_proj" in checked.out
 
 
+def test_blocks_that_cannot_leave_are_refused_before_the_dear_steps(inputs: Path, tmp_path: Path, model: Path) -> None:
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    sizes = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 512, "vocab_size": words}
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=2, pad_token_id=1, scale_attn_by_inverse_layer_idx=True)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    case = Case(inputs, tmp_path, model={"path": str(model)}, prune={"structure": ["blocks"]})
+    refused(case.run(), "prune.structure: no blocks can be removed", "scale_attn_by_inverse_layer_idx", "a list without blocks")
+    assert states(case.output) == {"index": "done", "model": "done"}
+
+
 def test_check_model_tells_of_a_known_architecture(inputs: Path) -> None:
     checked = finescope("check-model", str(inputs / "model"), "--json")
     assert checked.code == 0, checked.err

@@ -1,6 +1,7 @@
 """Tiny random models of every family, calibration batches, and what a pruned model must equal, for the tests of pruning."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from transformers import PreTrainedModel
 
 from finescope.config import PruneSection
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts, linear_map
-from finescope.models.blocks import BlocksInMemory
+from finescope.models.blocks import BlocksInMemory, without_blocks
 from finescope.models.groups import Layout, layout_of
-from finescope.pruning.groups import Kept
+from finescope.pruning.compensation import Compensation
+from finescope.pruning.groups import Kept, all_of
 from finescope.pruning.measured import Clock
 from finescope.pruning.prune import Places, PruneResult, prune_model
+from finescope.pruning.ridge import Refit
 from finescope.pruning.stream import Batch, Progress
 from finescope.pruning.surgery import Surgery
 
@@ -64,6 +67,30 @@ def cut(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     for layer, block in enumerate(blocks_of(model, anatomy_of(model))):
         surgery.cut(layer, block)
     return surgery.student
+
+
+def shallow(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """The student that has the blocks `kept`, whole, and no others; in memory."""
+    source = without_blocks(in_memory(model), kept)
+    groups = layout_of(source.model, source.anatomy)
+    surgery = Surgery(source.model, source.anatomy, groups, all_of(groups))
+    for layer in range(len(kept)):
+        with source.block(layer) as block:
+            surgery.cut(layer, block)
+    return surgery.student
+
+
+def compensate(
+    model: PreTrainedModel, student: PreTrainedModel, batches: list[Batch], origins: Sequence[int] = (0, 1, 2)
+) -> list[Refit]:
+    """Re-fit a student that is whole in memory; in place."""
+    source, refits = in_memory(model), []
+    compensation = Compensation(source, origins, student, batches)
+    for layer, block in enumerate(blocks_of(student, source.anatomy)):
+        with source.block(origins[layer]) as dense:
+            compensation.follow(layer, dense)
+        refits += compensation.refit(layer, block)
+    return refits
 
 
 def prune(model: PreTrainedModel, section: PruneSection, batches: list[Batch], progress: Progress) -> PruneResult:

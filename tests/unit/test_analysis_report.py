@@ -43,6 +43,23 @@ def test_every_section_is_there(html: str) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_rounds_blocks_and_cautions_are_told_of(tmp_path: Path) -> None:
+    manifests = build_run(str(tmp_path / "run"))
+    last = manifests["prune"]
+    blocks = {"removed": [2, 5], "losses": [1.5, 1.75, 2.25], "tokens": 4000}
+    facts = {**last.facts, "ratio_reached": 0.36, "parameters_after": 700, "cautions": ["mind <this>"], "blocks": blocks}
+    first = last.model_copy(update={"step": "prune-1", "facts": {**last.facts, "ratio_reached": 0.2, "parameters_after": 800}})
+    of_input = {"of_input": {"ratio_reached": 0.19}}
+    both = {**manifests, "prune-1": first, "prune": last.model_copy(update={"facts": {**facts, **of_input}})}
+    page = _Page(render("run", both)).text
+    assert "Mind: mind <this>." in page
+    assert "Blocks that left, by the loss on 4,000 tokens: 2, 5. It rose from 1.500 to 2.250 nats a token" in page
+    # Cells without what is between them: step, parameters after, removed of the input and of the base.
+    assert "prune-180020 %20 %prune70019 %36 %" in page
+    alone = _Page(render("run", manifests)).text
+    assert not any(words in alone for words in ("Mind:", "Blocks that left", "removed of its input"))
+
+
 def test_text_of_the_corpus_is_text(html: str) -> None:
     page = _Page(html)
     assert (

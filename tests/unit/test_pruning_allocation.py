@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,8 +7,11 @@ from hypothesis import strategies as st
 
 from finescope.errors import RecipeError
 from finescope.models.groups import Groups, Heads, Layout
-from finescope.pruning.allocation import choose, removed_ratio
+from finescope.pruning import allocation
+from finescope.pruning.allocation import removed_ratio
 from finescope.pruning.importance import Importance
+
+choose = functools.partial(allocation.choose, required=True)
 
 
 def layout(*groups: Groups, block_params: int = 1000) -> Layout:

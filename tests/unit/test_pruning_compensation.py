@@ -1,14 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from pruning_models import MIXTURES, batches_of, cut, kept_of, tiny_model
+from pruning_models import MIXTURES, batches_of, compensate, cut, kept_of, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finescope.errors import StepFailed
 from finescope.models.anatomy import anatomy_of, blocks_of, has_experts, linear_map
 from finescope.pruning import readers
-from finescope.pruning.compensation import Compensation
 from finescope.pruning.ridge import Moments, OutputMap, ridge
 
 BATCHES = batches_of(((9, 6, 4), (7, 7), (11, 9, 8), (30, 28)))
@@ -17,15 +16,6 @@ FEWER, ONLY_MLP = {"heads": 2, "mlp": 20}, {"mlp": 20}
 
 def student_of(model, counts):
     return cut(model, kept_of(model, **counts))
-
-
-def compensate(model, student, batches):
-    """Re-fit a student that is whole in memory; in place."""
-    anatomy, refits = anatomy_of(model), []
-    compensation = Compensation(model, student, anatomy, batches)
-    for layer, blocks in enumerate(zip(blocks_of(model, anatomy), blocks_of(student, anatomy), strict=True)):
-        refits += compensation.refit(layer, *blocks)
-    return refits
 
 
 def ridge_by_lstsq(inputs, target, weight):

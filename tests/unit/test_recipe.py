@@ -54,7 +54,7 @@ def test_an_unknown_key_is_named_with_the_nearest(more: str, expected: str):
         ("sae:", ("sae: a mapping of keys was expected, got None",)),
         ("score: {weighting: tfidf}", ("score.weighting: ", "'none', 'idf', 'centred', 'decoded' or 'contrast'", "'tfidf'")),
         ("compute: {actors: many}", ("compute.actors: ", "'auto'", "valid integer", "'many'")),
-        ("prune: {structure: [head]}", ("prune.structure", "'heads', 'mlp' or 'experts'", "'head'")),
+        ("prune: {structure: [head]}", ("prune.structure", "'heads', 'mlp', 'experts' or 'blocks'", "'head'")),
         ("evaluate: {tasks: [mmlu]}", ("evaluate.tasks.0: ", "'perplexity'", "'mmlu'")),
     ],
 )
