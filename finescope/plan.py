@@ -232,7 +232,9 @@ def _prune_cost(recipe: Recipe, corpus: Corpus, model: Size, meta: PreTrainedMod
     tokens = documents * longest
     cost = prune_cost(meta, recipe.prune, model.bytes_per_parameter, tokens, longest, BATCH_TOKENS)
     student = int(model.weight_bytes * _kept(recipe, model))
-    return Cost("prune", documents, tokens, cost.flops, _PROCESS + cost.memory_bytes, student, scratch_bytes=cost.scratch_bytes)
+    general = recipe.prune.reads_documents * recipe.prune.general_documents / max(1, documents)
+    flops = cost.flops + general * cost.importance_flops
+    return Cost("prune", documents, tokens, flops, _PROCESS + cost.memory_bytes, student, scratch_bytes=cost.scratch_bytes)
 
 
 def _kept(recipe: Recipe, model: Size) -> float:
@@ -266,14 +268,7 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
             _PROCESS + training + head,
             students + (2 * training if distill.method == "full" else students // 4),
         ),
-        Cost(
-            "evaluate",
-            2 * evaluate.documents,
-            sets,
-            2.0 * full * sets,
-            _PROCESS + model.weight_bytes + student + head,
-            0,
-        ),
+        Cost("evaluate", 2 * evaluate.documents, sets, 2.0 * full * sets, _PROCESS + model.weight_bytes + student + head, 0),
         Cost("report", 0, 0, 0.0, _PROCESS // 4, 1_000_000),
     ]
 

@@ -88,14 +88,14 @@ def test_a_table_from_before_there_was_a_general_importance_is_read(tmp_path: Pa
 
     manifest = run(Step("prune", {}), str(tmp_path), old)
     assert frame_of(manifest, "importance").collect()["general"].to_list() == [None] * 4
-    section = pruning_section(manifest)
+    section = pruning_section(manifest, [])
     assert section["layers"][0]["importance_removed"] == 0.3
     assert not section["correlation"]
     assert section["heads"] == []
 
 
 def test_the_section_has_a_line_a_kind_and_the_first_latents_of_each_head(tmp_path: Path) -> None:
-    section = pruning_section(build_run(str(tmp_path), until="prune")["prune"])
+    section = pruning_section(build_run(str(tmp_path), until="prune")["prune"], [])
     assert section["correlation"].count('aria-roledescription="line mark"') == 2
     heads = [(head["layer"], head["group_index"], [row["latent"] for row in head["latents"]]) for head in section["heads"]]
     assert heads == [(2, 1, [7, 11, 101, 102, 103]), (5, 1, [7, 11, 101, 102, 103])]
