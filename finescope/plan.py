@@ -232,8 +232,7 @@ def _prune_cost(recipe: Recipe, corpus: Corpus, model: Size, meta: PreTrainedMod
     tokens = documents * longest
     cost = prune_cost(meta, recipe.prune, model.bytes_per_parameter, tokens, longest, BATCH_TOKENS)
     student = int(model.weight_bytes * _kept(recipe, model))
-    general = recipe.prune.reads_documents * recipe.prune.general_documents / max(1, documents)
-    flops = cost.flops + general * cost.importance_flops
+    flops = cost.flops + cost.importance_flops * recipe.prune.general_documents / max(1, documents)
     return Cost("prune", documents, tokens, flops, _PROCESS + cost.memory_bytes, student, scratch_bytes=cost.scratch_bytes)
 
 
@@ -246,7 +245,6 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     """`distill`, `evaluate`, `report`: what runs the whole model over few documents."""
     distill, evaluate = recipe.distill, recipe.evaluate
     curated, kept = _curated(recipe, corpus), _kept(recipe, model)
-    student = int(model.weight_bytes * kept)
     rewritten = int(curated * distill.rewrite_share * distill.rewrite) * (
         min(distill.rewrite_tokens, corpus.tokens(distill.rewrite_tokens)) + corpus.tokens(distill.max_tokens)
     )
@@ -256,7 +254,7 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     sets = 2 * evaluate.documents * corpus.tokens(evaluate.max_tokens) * (3 + distill.control)
     head = 12 * min(distill.micro_batch_tokens, 1024) * model.vocab_size
     full = model.num_parameters
-    distill_flops = 2.0 * full * rewritten + operations * kept * full * trained
+    student = int(model.weight_bytes * kept)
     students = student * (1 + distill.control)
     return [
         # Two checkpoints are kept; an adapter's are small beside the students.
@@ -264,7 +262,7 @@ def _model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
             "distill",
             curated,
             rewritten + trained,
-            distill_flops,
+            2.0 * full * rewritten + operations * kept * full * trained,
             _PROCESS + training + head,
             students + (2 * training if distill.method == "full" else students // 4),
         ),
