@@ -169,7 +169,7 @@ class PruneSection(Section):
     allocation: Literal["uniform"] = Field(default="uniform", description="the same sizes in every block")
     compensate: bool = Field(default=True, description="re-fit the kept output weights by ridge least squares")
     round_to: int = Field(default=32, ge=1, description="MLP channels kept are a multiple of this")
-    documents: int = Field(default=256, ge=1, description="calibration documents, the best of the curated set")
+    documents: int = Field(default=512, ge=1, description="calibration documents, the best of the curated set")
     max_tokens: int = Field(default=256, ge=2, description="tokens of a calibration document")
     calibration: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
     general_documents: int = Field(
