@@ -37,29 +37,31 @@ def share(values):
     return (values / values.sum()).numpy()
 
 
+def by_layer(model, kind, name):
+    """What was found of a kind, both measures, and what its map `name` is given: inputs, and the fluctuation of each."""
+    anatomy, which = anatomy_of(model), [groups.kind for groups in layout(model).groups].index(kind)
+    activation, wifv = (found_by(model, measure).values[which] for measure in ("activation", "wifv"))
+    for layer, inputs in enumerate(inputs_by_hooks(model, name)):
+        weight = OutputMap(blocks_of(model, anatomy)[layer], name, None).weight.double()
+        fluctuation = inputs.var(dim=0, unbiased=False) * weight.square().sum(dim=0)
+        yield activation[layer, 0], wifv[layer, 0], inputs, fluctuation
+
+
 @pytest.mark.parametrize("family", DENSE)
 def test_channels_equal_hooks_on_whole_passes(family):
     model = tiny_model(family)
-    anatomy, which = anatomy_of(model), [groups.kind for groups in layout(model).groups].index("mlp")
-    activation, wifv = (found_by(model, measure).values[which] for measure in ("activation", "wifv"))
-    for layer, inputs in enumerate(inputs_by_hooks(model, anatomy.down)):
-        weight = OutputMap(blocks_of(model, anatomy)[layer], anatomy.down, None).weight.double()
-        fluctuation = inputs.var(dim=0, unbiased=False) * weight.square().sum(dim=0)
-        np.testing.assert_allclose(activation[layer, 0], share(inputs.square().mean(dim=0).sqrt()), rtol=1e-4)
-        np.testing.assert_allclose(wifv[layer, 0], share(fluctuation), rtol=1e-4)
+    for activation, wifv, inputs, fluctuation in by_layer(model, "mlp", anatomy_of(model).down):
+        np.testing.assert_allclose(activation, share(inputs.square().mean(dim=0).sqrt()), rtol=1e-4)
+        np.testing.assert_allclose(wifv, share(fluctuation), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FIXED_HEADS])
 def test_heads_equal_hooks_on_whole_passes(family):
     model = tiny_model(family)
-    anatomy, which = anatomy_of(model), [groups.kind for groups in layout(model).groups].index("heads")
-    activation, wifv = (found_by(model, measure).values[which] for measure in ("activation", "wifv"))
-    for layer, inputs in enumerate(inputs_by_hooks(model, anatomy.output)):
-        weight = OutputMap(blocks_of(model, anatomy)[layer], anatomy.output, None).weight.double()
-        fluctuation = inputs.var(dim=0, unbiased=False) * weight.square().sum(dim=0)
+    for activation, wifv, inputs, fluctuation in by_layer(model, "heads", anatomy_of(model).output):
         heads = inputs.square().mean(dim=0).reshape(3, 16).sum(dim=1).sqrt()
-        np.testing.assert_allclose(activation[layer, 0], share(heads), rtol=1e-4)
-        np.testing.assert_allclose(wifv[layer, 0], share(fluctuation.reshape(3, 16).sum(dim=1)), rtol=1e-4)
+        np.testing.assert_allclose(activation, share(heads), rtol=1e-4)
+        np.testing.assert_allclose(wifv, share(fluctuation.reshape(3, 16).sum(dim=1)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
