@@ -1,4 +1,4 @@
-"""Checkpoints on storage: complete ones only, the newest first, the last two kept."""
+"""Checkpoints on storage: complete ones only, the newest first, the last two kept and one more that is named."""
 
 import contextlib
 import re
@@ -13,8 +13,10 @@ KEPT = 2
 _NAME = re.compile(r"step-(\d{8})/" + re.escape(DONE) + "$")
 
 
-def save(uri: str, step: int, record: Mapping[str, Any], write: Callable[[Path], None], *, first: bool) -> None:
-    """Write the checkpoint of `step` below `uri`: its files first, the record that makes it count last.
+def save(
+    uri: str, step: int, record: Mapping[str, Any], write: Callable[[Path], None], *, first: bool, keep: int | None = None
+) -> None:
+    """Write the checkpoint of `step` below `uri`: its files first, the record that makes it count last. That of `keep` stays.
 
     All processes of a group call it, as `write` (which is given a local directory) may gather what is spread over them;
     only the `first` of them puts files.
@@ -26,7 +28,7 @@ def save(uri: str, step: int, record: Mapping[str, Any], write: Callable[[Path],
         if first:
             directories.put_tree(directory, target)
             storage.put_json(storage.join(target, DONE), dict(record))
-            for old in complete_steps(uri)[KEPT:]:
+            for old in filter(lambda step: step != keep, complete_steps(uri)[KEPT:]):
                 # The record first: a checkpoint that is half gone must not count.
                 storage.delete(storage.join(_place(uri, old), DONE))
                 storage.delete(_place(uri, old))

@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from finescope import checkpoints
-from finescope.distillation.engine import Engine
+from finescope.distillation.engine import Engine, load_state
 from finescope.errors import StepFailed
 
 
@@ -17,16 +19,20 @@ class Cursor:
     """
 
     job: str  # fingerprint of the plan and the examples
-    step: int  # steps that are done, skipped ones included
-    skipped: int  # of these, steps without an update
-    skipped_in_a_row: int
-    tokens: int  # trained on, padding not counted
-    metrics: tuple[dict[str, float], ...]  # a row a step
+    step: int = 0  # steps that are done, skipped ones included
+    skipped: int = 0  # of these, steps without an update
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0  # how often the weights went back to a checkpoint
+    tokens: int = 0  # trained on, padding not counted
+    best_step: int | None = None  # whose checkpoint has the lowest loss on the held-out examples
+    best_loss: float | None = None
+    without_gain: int = 0  # checkpoints since then
+    metrics: tuple[dict[str, float], ...] = ()  # a row a step
 
 
 def save(engine: Engine, uri: str, cursor: Cursor) -> None:
     """Write a checkpoint below `uri`. All ranks call."""
-    checkpoints.save(uri, cursor.step, asdict(cursor), engine.save, first=engine.rank == 0)
+    checkpoints.save(uri, cursor.step, asdict(cursor), engine.save, first=engine.rank == 0, keep=cursor.best_step)
     engine.sum([0.0])  # a barrier: nobody goes on before it is there
 
 
@@ -47,3 +53,9 @@ def load_newest(engine: Engine, uri: str, job: str) -> Cursor | None:
     with checkpoints.files_of(uri, steps[0]) as directory:
         engine.load(directory)
     return cursor
+
+
+def weights_of(uri: str, step: int) -> dict[str, Tensor]:
+    """The trainable weights by name, whole, fp32, that the checkpoint of `step` holds."""
+    with checkpoints.files_of(uri, step) as directory:
+        return load_state(directory)[0]

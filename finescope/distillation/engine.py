@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,21 +22,28 @@ class OptimizerSettings:
 
     weight_decay: float
     max_grad_norm: float  # the gradient is scaled down to this L2 norm, over all trainable weights
+    # What an engine that shards keeps in the CPU's memory: "optimizer" its state and master weights, "all" the weights too.
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+
+# Tokens, targets and positions of a batch, and what the teacher says at its targets: see `Student.forward`.
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Sums = tuple[Tensor, Tensor, Tensor]  # as `losses.HeadLoss`, and no named tuple: ZeRO takes apart what modules return
 
 
 class Engine(Protocol):
     """One process of a group that trains a module together. Every method is called by all processes, in the same order.
 
-    The module maps (tokens [documents, length], targets [documents, length]) to the summed loss, a scalar. A checkpoint
-    says nothing of the number of processes or of how the weights are split, so that any engine reads any other's.
+    The module maps `Inputs` to `Sums`. A checkpoint says nothing of the number of processes or of how the weights are split, so
+    that any engine reads any other's.
     """
 
     rank: int
     world_size: int
     device: torch.device
 
-    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The module's loss, with a graph behind it."""
+    def __call__(self, *inputs: Tensor | None) -> Sums:
+        """The module's loss, with a graph behind the first sum where gradients are wanted."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -86,10 +93,10 @@ class PlainEngine:
         self._weights = trainable_parameters(module)
         self._optimizer = adamw(self._weights.values(), settings)
 
-    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Sums:
         """See `Engine`."""
         with self._autocast():
-            return self._module(tokens, targets)
+            return self._module(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`."""

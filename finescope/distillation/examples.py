@@ -1,4 +1,4 @@
-"""Training examples, and in which order and on which process each is trained on."""
+"""Training examples: documents as tokens, and which of them are trained on."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from finescope.errors import ModelError
 
 SCHEMA = pa.schema([("tokens", pa.list_(pa.int32())), ("loss_start", pa.int32())])
-IGNORED = -100  # the target of a position that is not trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +27,6 @@ class Examples:
     examples: tuple[Example, ...]
     truncated: int  # documents cut to max_tokens
     dropped: tuple[tuple[int, str], ...]  # (index among the documents, reason)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one optimiser step trains on: examples by index, each cut to a length."""
-
-    indices: np.ndarray  # [documents] int64
-    lengths: np.ndarray  # [documents] int64, tokens
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are read, padding not counted."""
-        return int(self.lengths.sum())
 
 
 def build_examples(tokenizer: PreTrainedTokenizerBase, documents: Iterable[tuple[str | None, str]], max_tokens: int) -> Examples:
@@ -75,64 +61,6 @@ def from_table(table: pa.Table) -> tuple[Example, ...]:
     return tuple(Example(np.asarray(ids.values), start) for ids, start in zip(tokens, starts, strict=True))
 
 
-def plan_steps(examples: Sequence[Example], batch_size: int, epochs: int, seed: int, cap_tokens: int | None) -> list[Step]:
-    """All optimiser steps of a training, in order: a permutation an epoch, from (seed, epoch), cut into batches.
-
-    With `cap_tokens` it ends after exactly so many tokens, in as many epochs as that takes, the last example cut short;
-    it may end up to one prompt earlier, as an example cut before its response has nothing to train on.
-    """
-    lengths = np.array([len(e.tokens) for e in examples], dtype=np.int64)
-    starts = np.array([e.loss_start for e in examples], dtype=np.int64)
-    steps: list[Step] = []
-    left, epoch = cap_tokens, 0
-    while len(examples) and (epoch < epochs if left is None else left > 0):
-        order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-        for begin in range(0, len(order), batch_size):
-            indices = order[begin : begin + batch_size]
-            kept = lengths[indices]
-            if left is not None:
-                kept = np.clip(left - (np.cumsum(kept) - kept), 0, kept)
-                left -= int(kept.sum())
-                indices, kept = indices[kept > starts[indices]], kept[kept > starts[indices]]
-            if len(indices):
-                steps.append(Step(indices, kept))
-        epoch += 1
-    return steps
-
-
-def micro_batches(step: Step, rank: int, world_size: int, budget: int) -> list[np.ndarray]:
-    """This process's share of a step as positions into `step.indices`, in forward passes of at most `budget` tokens.
-
-    Documents are sorted by length and dealt out in turn, so that shares are alike. Every process gets the same number
-    of passes, some perhaps empty: sharded engines talk to each other in each. A longer document has a pass of its own.
-    """
-    order = np.lexsort((step.indices, -step.lengths))
-    shares = [_within_budget(order[other::world_size], step.lengths, budget) for other in range(world_size)]
-    passes = max(len(share) for share in shares)
-    return shares[rank] + [np.empty(0, dtype=np.int64)] * (passes - len(shares[rank]))
-
-
-def collate(examples: Sequence[Example], step: Step, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets, both [documents, longest] int64, padded on the right with 0 and `IGNORED`.
-
-    targets[d, t] is the token after position t where it is trained on. A causal model needs no attention mask here:
-    nothing looks to the right. An empty micro-batch is one token without a target.
-    """
-    longest = int(step.lengths[positions].max(initial=1))
-    tokens = np.zeros((max(1, len(positions)), longest), dtype=np.int64)
-    targets = np.full_like(tokens, IGNORED)
-    for row, position in enumerate(positions):
-        example, length = examples[int(step.indices[position])], int(step.lengths[position])
-        tokens[row, :length] = example.tokens[:length]
-        targets[row, example.loss_start - 1 : length - 1] = example.tokens[example.loss_start : length]
-    return tokens, targets
-
-
-def loss_tokens(examples: Sequence[Example], step: Step) -> int:
-    """The targets of a whole step, over all processes: what its loss is normalised by."""
-    return int(step.lengths.sum()) - sum(examples[int(index)].loss_start for index in step.indices)
-
-
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt as the model is asked it: by its chat template, or as plain text on lines of its own."""
     if not tokenizer.chat_template:
@@ -165,14 +93,3 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, prompt: str | None, response: 
         tail = whole[len(head) :].rstrip()
     prompt_ids = encode(tokenizer, head, templated)
     return prompt_ids + encode(tokenizer, tail, templated=True), max(1, len(prompt_ids))
-
-
-def _within_budget(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    batches: list[np.ndarray] = []
-    begin = 0
-    for end in range(1, len(order) + 1):
-        # Longest first: the first document of a pass sets the length that the others are padded to.
-        if end == len(order) or lengths[order[begin]] * (end + 1 - begin) > budget:
-            batches.append(order[begin:end])
-            begin = end
-    return batches

@@ -1,5 +1,6 @@
 """The student as it is trained (a module from tokens to loss) and as it is kept (a stock Hugging Face directory)."""
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -7,12 +8,15 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finescope.distillation.examples import IGNORED
-from finescope.distillation.losses import ChunkedHead
+from finescope.distillation.batches import IGNORED
+from finescope.distillation.engine import Sums
+from finescope.distillation.losses import ChunkedHead, Mixture, Teacher
 from finescope.errors import ModelError
 from finescope.models.anatomy import anatomy_of
+from finescope.models.likelihood import check_logits, logit_cap
 
 Method = Literal["lora", "full"]
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
@@ -20,34 +24,46 @@ _PREFIX = "causal."  # names in `Student` -> names in the language model
 
 
 class Student(nn.Module):
-    """A causal language model as a map from tokens to the summed loss of the positions with a target."""
+    """A causal language model as a map from tokens to the loss, summed over the positions with a target."""
 
-    def __init__(self, causal: PreTrainedModel):
+    def __init__(self, causal: PreTrainedModel, mixture: Mixture):
         super().__init__()
+        check_logits(causal)
         self.causal = causal
         head = causal.get_output_embeddings()
         assert isinstance(head, nn.Linear), type(head)
         assert isinstance(head.weight, nn.Parameter)
-        self.head = ChunkedHead(head.weight)
+        assert head.bias is None
+        self.head = ChunkedHead(head.weight, mixture, logit_cap(causal))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """tokens, targets: [documents, length] int64, as `examples.collate` makes them. Returns a scalar, in nats."""
-        hidden = self.causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [documents, length, d_model]
+    def forward(
+        self, tokens: Tensor, targets: Tensor, positions: Tensor | None, ids: Tensor | None, logprobs: Tensor | None
+    ) -> Sums:
+        """tokens, targets, positions: [rows, length] int64, as `batches.collate` makes them; ids and logprobs: as of
+        `losses.Teacher`, in the order of the targets, or None. Returns scalars, in nats."""
+        # [rows, length, d_model]; examples of a row are told apart by positions that begin anew.
+        hidden = self.causal.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
         trained = targets != IGNORED
-        return self.head(hidden[trained], targets[trained])
+        teacher = Teacher(ids, logprobs) if ids is not None and logprobs is not None else None
+        return self.head(hidden[trained], targets[trained], teacher)
 
 
-def load_student(directory: Path, method: Method, rank: int, seed: int) -> Student:
+def load_student(directory: Path, method: Method, rank: int, seed: int, mixture: Mixture, recompute: bool) -> Student:
     """The student of a local directory, ready to be trained: with adapters on all linear maps of its blocks, or whole.
 
-    Frozen weights are bf16 on a GPU; trainable ones are fp32 everywhere.
+    Frozen weights are bf16 on a GPU; trainable ones are fp32 everywhere. `recompute`: the activations of a block are not kept for
+    the backward pass but made again (gradient checkpointing).
     """
     frozen_dtype = torch.bfloat16 if method == "lora" and torch.cuda.is_available() else torch.float32
     causal = _load(directory, frozen_dtype)
+    if recompute:
+        # Of the blocks themselves: the switch of transformers works in training mode only, see below.
+        for block in causal.get_submodule(anatomy_of(causal).blocks).children():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if method == "lora":
         _add_adapter(causal, rank, seed)
     # No `train()`: it would only turn on a dropout that a checkpoint's config may carry, and distillation needs none.
-    return Student(causal)
+    return Student(causal, mixture)
 
 
 def save_student(directory: Path, weights: dict[str, Tensor], method: Method, rank: int, origin: str, target: Path) -> None:

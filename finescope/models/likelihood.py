@@ -33,9 +33,13 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [N, vocabulary] of last hidden states [N, d_model], in the model's own dtype, as its forward pass makes them."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module), "a causal language model has output embeddings"
-    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    logits = head(hidden)
+    cap, logits = logit_cap(model), head(hidden)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logit_cap(model: PreTrainedModel) -> float | None:
+    """c of Gemma 2's soft cap: logits z of the output embedding become c * tanh(z / c); None where there is none."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def check_logits(model: PreTrainedModel) -> None:

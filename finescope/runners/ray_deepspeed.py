@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from finescope.distillation.engine import (
     MOMENTS,
     OptimizerSettings,
+    Sums,
     adamw,
     load_state,
     save_state,
@@ -40,9 +41,9 @@ class DeepSpeedEngine:
         self._updates = 0  # optimiser updates made, over all attempts
         self._started: Any = None
 
-    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Sums:
         """See `Engine`."""
-        return self._deepspeed()(tokens, targets)
+        return self._deepspeed()(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`."""
@@ -115,7 +116,7 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._settings.max_grad_norm,
-            "zero_optimization": {"stage": self._stage},
+            "zero_optimization": {"stage": self._stage, **self._offload()},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": on_gpu},
@@ -129,6 +130,13 @@ class DeepSpeedEngine:
             self._restore(engine.optimizer, *self._restored)
             self._restored = None
         return engine
+
+    def _offload(self) -> dict[str, Any]:
+        wanted, place = self._settings.offload, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        return {
+            **({"offload_optimizer": place} if wanted != "none" else {}),
+            **({"offload_param": place} if wanted == "all" else {}),
+        }
 
     def _restore(self, optimizer: Any, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], updates: int) -> None:
         """Put back the fp32 master weights, which are finer than the bf16 ones of the module, and Adam's moments."""

@@ -12,7 +12,7 @@ from finescope.corpus.text import prompt_and_response
 from finescope.corpus.tokenise import tokenise
 from finescope.distillation import loop
 from finescope.distillation.examples import build_examples, to_table
-from finescope.distillation.loop import TrainJob
+from finescope.distillation.job import TrainJob, plan
 from finescope.distillation.rewrite import Rewriter, select_first
 from finescope.errors import StepFailed
 from finescope.manifest import Manifest, TableFile
@@ -186,7 +186,7 @@ def _train(
     examples_uri = storage.join(home, "examples", "part-000000.parquet")
     storage.put_parquet(examples_uri, to_table(built.examples))
     job = TrainJob(student.path, examples_uri, section, storage.join(home, "checkpoints"), home, cap_tokens)
-    planned = loop.plan(job)
+    planned = plan(job)
     if not storage.exists(storage.join(home, "trained.json")):
         name = f"distill: {folder or 'training'}"
         copies = 5.0 if section.method == "full" else 1.5

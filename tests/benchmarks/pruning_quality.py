@@ -101,10 +101,11 @@ class Pruner:
             found = importance_by_method(self._source, self._layout, section, self._batches, None, lambda _: None)
             self._importance[section.method], self._seconds[section.method] = found, time.monotonic() - began
         importance = self._importance[section.method]
-        kept = choose(importance, self._layout, section.ratio, section.structure, section.round_to)
+        kept = choose(importance, self._layout, section.ratio, section.structure, section.round_to, required=True)
         surgery = Surgery(self._model, self._source.anatomy, self._layout, kept)
         with clock.part("student"):
-            build_student(self._source, surgery, self._batches if section.compensate else (), None, clock, lambda _: None)
+            origins, fitted_on = tuple(range(self._layout.num_layers)), self._batches if section.compensate else ()
+            build_student(self._source, origins, surgery, fitted_on, None, clock, lambda _: None)
         counts = [int(indices.shape[-1]) for indices in kept]
         return surgery.student, {"kept": counts, "seconds": {"importance": self._seconds[section.method], **clock.seconds}}
 

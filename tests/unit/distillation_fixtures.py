@@ -77,5 +77,6 @@ def distill_section(**changes: object) -> DistillSection:
         "epochs": 2,
         "checkpoint_steps": 2,
         "zero_stage": 0,
+        "held_out": 0,
     }
     return DistillSection.model_validate({**values, **changes})

@@ -1,6 +1,7 @@
 """The loop with the plain engine: killed and resumed equals undisturbed, to the last bit."""
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finescope import schemas, storage
 from finescope.checkpoints import complete_steps
-from finescope.distillation import loop
-from finescope.distillation.engine import OptimizerSettings, PlainEngine
+from finescope.distillation.checkpoint import weights_of
+from finescope.distillation.engine import OptimizerSettings, PlainEngine, Sums
 from finescope.distillation.examples import to_table
-from finescope.distillation.loop import TrainJob, plan, train
+from finescope.distillation.job import TrainJob, learning_rate, plan
+from finescope.distillation.loop import MAX_ROLLBACKS, MAX_SKIPPED_IN_A_ROW, train
 from finescope.errors import StepFailed
 
 
@@ -163,28 +165,126 @@ class NonFiniteAt(PlainEngine):
     calls: tuple[int, ...] = ()
     count = 0
 
-    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = super().__call__(tokens, targets)
+    def __call__(self, *inputs: torch.Tensor | None) -> Sums:
+        total, *parts = super().__call__(*inputs)
         self.count += 1
-        return loss * float("nan") if self.count in self.calls else loss
+        return (total * float("nan") if self.count in self.calls else total, *parts)
 
 
-@pytest.mark.parametrize(("calls", "fails"), [((2,), False), ((1, 2, 3, 4), False), (tuple(range(1, 99)), True)])
-def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, student: str, calls: tuple[int, ...], fails: bool) -> None:
+def spoiled(*calls: tuple[int, ...]) -> Callable[[torch.nn.Module, OptimizerSettings], NonFiniteAt]:
+    """Engines whose forward passes of these numbers give a loss that is not a number: the first engine's, the second's..."""
+    left = list(calls)
+
     def factory(module: torch.nn.Module, settings: OptimizerSettings) -> NonFiniteAt:
         engine = NonFiniteAt(module, settings)
-        engine.calls = calls
+        engine.calls = left.pop(0) if left else ()
         return engine
 
+    return factory
+
+
+@pytest.mark.parametrize("calls", [(2,), (1, 2, 3, 4)])
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, student: str, calls: tuple[int, ...]) -> None:
     job = job_at(tmp_path, student, micro_batch_tokens=4096)
-    if fails:
-        with pytest.raises(StepFailed, match="5 training steps in a row"):
-            train(job, factory, lambda _: None)
-        return
-    train(job, factory, lambda _: None)
+    train(job, spoiled(calls), lambda _: None)
     record = json.loads((Path(job.checkpoints) / "step-00000006" / "done.json").read_text())
-    assert record["skipped"] == len(calls)
+    assert (record["skipped"], record["rollbacks"]) == (len(calls), 0)
     assert all(torch.isfinite(tensor).all() for tensor in weights(job).values())
+
+
+def test_after_a_few_in_a_row_the_weights_go_back_and_the_data_goes_on(tmp_path: Path, student: str) -> None:
+    # Twelve steps, a checkpoint every second: five that are not finite from the fourth on, so back to step 2, at step 8.
+    job = job_at(tmp_path, student, micro_batch_tokens=4096, epochs=4)
+    reached: list[dict[str, torch.Tensor]] = []
+
+    class Recording(NonFiniteAt):
+        def load(self, directory: Path) -> None:
+            super().load(directory)
+            reached.append(self.trainable())
+
+    engines = [(4, 5, 6, 7, 8), ()]
+
+    def factory(module: torch.nn.Module, settings: OptimizerSettings) -> Recording:
+        engine = Recording(module, settings)
+        engine.calls = engines.pop(0)
+        return engine
+
+    train(job, factory, lambda _: None)
+    record = json.loads((Path(job.checkpoints) / "step-00000012" / "done.json").read_text())
+    assert (record["step"], record["skipped"], record["rollbacks"]) == (12, 5, 1)
+    rates = [row["learning_rate"] for row in record["metrics"]]
+    expected = [learning_rate(step, 12, 1e-2, 0.1) * (0.5 if step >= 8 else 1.0) for step in range(12)]
+    assert rates == pytest.approx(expected)
+    # The checkpoint of step 6 was written while steps were skipped: its weights are those after step 3.
+    third = job_at(tmp_path / "third", student, micro_batch_tokens=4096, epochs=4, checkpoint_steps=3)
+    with pytest.raises(Killed):
+        train(third, PlainEngine, killer(3))
+    (found,) = reached
+    assert equal(found, weights_of(third.checkpoints, 3))
+
+
+def test_a_training_that_stays_non_finite_fails_with_the_reason(tmp_path: Path, student: str) -> None:
+    job = job_at(tmp_path, student, micro_batch_tokens=4096, epochs=9)
+    always = tuple(range(1, 99))
+    with pytest.raises(StepFailed, match=f"{MAX_SKIPPED_IN_A_ROW} training steps in a row"):
+        train(job, spoiled(*[always] * (MAX_ROLLBACKS + 1)), lambda _: None)
+
+
+def test_killed_after_a_rollback_equals_undisturbed(tmp_path: Path, student: str) -> None:
+    def run(job: TrainJob, calls: tuple[int, ...], kill: int | None) -> None:
+        train(job, spoiled(calls), killer(kill) if kill else lambda _: None)
+
+    calm, shot = (job_at(tmp_path / name, student, micro_batch_tokens=4096, epochs=4) for name in ("calm", "shot"))
+    run(calm, (3, 4, 5, 6, 7), None)
+    with pytest.raises(Killed):
+        run(shot, (3, 4, 5, 6, 7), 9)
+    run(shot, (), None)
+    assert equal(weights(calm), weights(shot))
+
+
+def test_held_out_examples_are_measured_and_not_trained_on(tmp_path: Path, student: str) -> None:
+    job = replace(job_at(tmp_path, student, held_out=2), examples=random_examples(24))
+    train(job, PlainEngine, lambda _: None)
+    planned = plan(job)
+    assert len(planned.held_out) == 2
+    assert not {*planned.held_out} & {int(index) for step in planned.steps for index in step.indices}
+    rows = storage.read_parquet(f"{job.output}/metrics/part-00000.parquet").to_pylist()
+    measured = [row["value"] for row in rows if row["name"] == "held_out_loss"]
+    assert len(measured) == math.ceil(len(planned.steps) / 2)
+    record = json.loads((Path(job.checkpoints) / f"step-{len(planned.steps):08d}" / "done.json").read_text())
+    assert record["best_loss"] == min(measured)
+
+
+def test_patience_ends_the_training_with_the_best_weights(tmp_path: Path, student: str) -> None:
+    # Random tokens cannot be learned: what is held out gets worse as what is trained on gets better.
+    changes = {"method": "full", "held_out": 3, "patience": 2, "epochs": 30}
+    job = replace(job_at(tmp_path, student, **changes), examples=random_examples(30))
+    told: list[int] = []
+    train(job, PlainEngine, told.append)
+    steps = complete_steps(job.checkpoints)
+    record = json.loads((Path(job.checkpoints) / f"step-{steps[0]:08d}" / "done.json").read_text())
+    assert sum(told) == len(plan(job).steps) > steps[0]
+    assert record["without_gain"] == 2
+    assert record["best_step"] == steps[0] - 4
+    assert steps == [steps[0], steps[0] - 2, steps[0] - 4]
+    best = {name.removeprefix("causal."): value for name, value in weights_of(job.checkpoints, record["best_step"]).items()}
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(job).items())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputed_activations_change_nothing(tmp_path: Path, student: str, method: str) -> None:
+    kept, again = (replace(job_at(tmp_path / str(r), student, method=method), recompute=r) for r in (False, True))
+    for job in (kept, again):
+        train(job, PlainEngine, lambda _: None)
+    assert equal(weights(kept), weights(again))
+
+
+def test_packed_rows_take_the_same_steps(tmp_path: Path, student: str) -> None:
+    packed, padded = (job_at(tmp_path / str(p), student, micro_batch_tokens=512, packing=p) for p in (True, False))
+    for job in (packed, padded):
+        train(job, PlainEngine, lambda _: None)
+    for name, tensor in weights(padded).items():
+        torch.testing.assert_close(weights(packed)[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path: Path, student: str) -> None:
@@ -201,7 +301,7 @@ def test_nothing_to_train_on(tmp_path: Path, student: str) -> None:
 
 
 def test_schedule_by_hand() -> None:
-    rates = [loop.learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
+    rates = [learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[9] > 0
