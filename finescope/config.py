@@ -15,7 +15,7 @@ from finescope.config_seeds import Domain, SeedsSection
 from finescope.section import Count, Section, Seed, Share
 
 # What every run does, and with what only a recipe that asks for it does, in order.
-STEPS = ("index", "model", "sae", "embed", "score", "curate", "prune", "distill", "evaluate", "report")
+STEPS = ("index", "model", "sae", "embed", "score", "curate", "teach", "prune", "distill", "evaluate", "report")
 ALL_STEPS = (*STEPS[:3], "screen", *STEPS[3:])
 # Documents that can be kept where they are chosen for diversity: among four times as many.
 MOST_DIVERSE = 50_000

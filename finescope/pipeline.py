@@ -51,7 +51,10 @@ def _screening(inputs: Recipe, recipe: Recipe) -> dict[str, Any]:
 
 
 def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[Step, ...]) -> tuple[Step, ...]:
-    """`score` to `report` of one domain. Nothing in them tells of other domains: one more leaves these as they are."""
+    """`score` to `report` of one domain. Nothing in them tells of other domains: one more leaves these as they are.
+
+    `teach` builds on no student, nor `prune` on what was rewritten: either is done again without the other.
+    """
     index, model, _, *drawn_from = shared  # embed, and the screen that it depends on
     seeds = _contents(file.path)
 
@@ -62,21 +65,22 @@ def _domain_steps(inputs: Recipe, recipe: Recipe, file: SeedFile, shared: tuple[
     evaluations = [_contents(path) for path in inputs.curate.decontaminate]
     curate = step("curate", {**_values(recipe.curate), "evaluations": evaluations}, *shared, score)
     given = (index, model, *drawn_from, curate)
+    teach = step("teach", recipe.distill.teaching, *given)
     rounds: list[Step] = []
     for turn in rounds_of(recipe.prune, recipe.distill):
         before = rounds[-1:]
         # What is left to other rounds is said by the steps that this one builds on.
         pruning = {key: value for key, value in _values(turn.pruning).items() if key != "rounds"}
         prune = step(turn.prune, pruning, *given, *before)
-        distill = step(turn.distill, _values(turn.training), *given, prune, *before)
+        distill = step(turn.distill, _values(turn.training), model, teach, prune)
         rounds += [prune, distill]
     *_, prune, distill = rounds
     held_out = [_contents(path) for path in (*inputs.evaluate.target_of(file.domain), *inputs.evaluate.general)]
     measured = {**_values(recipe.evaluate), "target": list(recipe.evaluate.target_of(file.domain))}
     evaluation = {**measured, "seeds": seeds, "held_out": held_out}
     evaluate = step("evaluate", evaluation, index, model, *drawn_from, curate, prune, distill)
-    report = step("report", {}, *shared, score, curate, *rounds, evaluate)
-    return score, curate, *rounds, evaluate, report
+    report = step("report", {}, *shared, score, curate, teach, *rounds, evaluate)
+    return score, curate, teach, *rounds, evaluate, report
 
 
 def placed(recipe: Recipe) -> Recipe:
@@ -116,6 +120,7 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     from finescope.stages.sae import sae
     from finescope.stages.score import score
     from finescope.stages.screen import Screening, screen
+    from finescope.stages.teach import teach
 
     r = placed(recipe)
     functions: dict[str, Callable[[StepInput], Outcome]] = {
@@ -134,6 +139,7 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
         of_domain: dict[str, Callable[[StepInput], Outcome]] = {
             "score": lambda step: score(context, corpus_of(r.corpus, step["index"]), seeds, r.score, r.embed, step),
             "curate": lambda step: curate(context, corpus_of(r.corpus, step["index"]), r.curate, step),
+            "teach": lambda step: teach(context, corpus_of(r.corpus, step["index"]), r.distill, step),
             "evaluate": lambda step: evaluate(context, corpus_of(r.corpus, step["index"]), seeds, r.evaluate, step),
             "report": lambda step: report(r, step),
         }
@@ -144,7 +150,7 @@ def functions_of(recipe: Recipe, context: Context) -> dict[str, Callable[[StepIn
     def of_round(seeds: SeedFile, turn: Round) -> dict[str, Callable[[StepInput], Outcome]]:
         return {
             turn.prune: lambda step: prune(context, corpus_of(r.corpus, step["index"]), turn, cautions_of(r, seeds), step),
-            turn.distill: lambda step: distill(context, corpus_of(r.corpus, step["index"]), turn, step),
+            turn.distill: lambda step: distill(context, turn, r.compute, step),
         }
 
     for seeds in r.seeds.files:

@@ -16,7 +16,7 @@ class Round(NamedTuple):
     distill: str
     pruning: PruneSection  # its ratio is what of the base model's block parameters is gone after this round
     training: DistillSection
-    before: str | None  # the `distill` of the round before: what is pruned now, and whose rewrites are trained on again
+    before: str | None  # the `distill` of the round before, whose student is pruned now
 
 
 def rounds_of(pruning: PruneSection, training: DistillSection) -> tuple[Round, ...]:

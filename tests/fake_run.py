@@ -34,6 +34,7 @@ def build_run(
         "embed": _embed,
         "score": _score,
         "curate": lambda step: _curate(step, source),
+        "teach": lambda step: _teach(step, control),
         "prune": _prune,
         "distill": lambda step: _distill(step, control),
         "evaluate": lambda step: _evaluate(step, control),
@@ -187,23 +188,31 @@ def _prune(step: StepInput) -> Outcome:
     return Outcome(len(rows), len(rows), 0, tables, facts)
 
 
-def _distill(step: StepInput, control: bool) -> Outcome:
+def _teach(step: StepInput, control: bool) -> Outcome:
     reasons = [("rewrite", ""), ("rewrite", ""), ("original", "contradicts"), ("rewrite", ""), ("original", "too short")]
     rows = [
         {"doc_id": f"d{at:04d}", "prompt": "Explain <em>this</em>", "response_original": EVIL, "response": f"rewritten {at}"}
         | {"used": used, "reason": reason}
         for at, (used, reason) in enumerate(reasons * 8)
     ]
+    names = ("rewrites", "control_rewrites") if control else ("rewrites",)
+    tables = {name: _put(step, name, rows, schemas.REWRITES, 2) for name in names}
+    scores = [{"doc_id": row["doc_id"], "targets": 2, "ids": [7, 8, 9, 7], "logprobs": [np.float16(-1.1)] * 6} for row in rows]
+    tables["teacher_logprobs"] = _put(step, "teacher_logprobs", scores, schemas.TEACHER_LOGPROBS, 2)
+    return Outcome(len(rows), len(rows), 0, tables, {"rewritten": 24, "teacher": {"source": "tiny"}})
+
+
+def _distill(step: StepInput, control: bool) -> Outcome:
     at = np.arange(1, 31)
     curves = {"loss": list(1.5 + 1.5 / at), "learning_rate": list(5e-5 * (1 - at / 31)), "tokens_per_second": [900.0] * 30}
-    tables = {"rewrites": _put(step, "rewrites", rows, schemas.REWRITES, 2), "metrics": _metrics(step, curves, "distill")}
+    tables = {"metrics": _metrics(step, curves, "distill")}
     facts: dict[str, Any] = {"training_tokens": 5000, "truncated": 2, "reference": {"path": "x"}}
     if control:
         curves["loss"] = list(1.9 + 1.6 / at)
         tables["control_metrics"] = _metrics(step, curves, "distill", "control_metrics")
         facts["control"] = {"training_tokens": 5000}
     _put_model(step, "recovered")
-    return Outcome(len(rows), len(rows), 0, tables, facts)
+    return Outcome(CURATED, CURATED, 0, tables, facts)
 
 
 def _put_model(step: StepInput, kind: str) -> None:

@@ -35,14 +35,14 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"id": f"d{seed}-{i:04d}", "text": sentence(words[kind], random), "source": kind} for i, kind in enumerate(kinds)]
 
 
-def write_model(directory: Path) -> Path:
+def write_model(directory: Path, seed: int = 0) -> Path:
     """A Llama of 3 blocks with large random weights and a word-level tokenizer with a chat template."""
     words = ["<unk>", "<pad>", "<eos>", "<|user|>", "<|assistant|>", *COMMON, *MATHS, *COOKING]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     tokenizer.chat_template = _TEMPLATE
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,

@@ -13,7 +13,7 @@ from finescope import schemas, storage
 from finescope.errors import UserError
 from finescope.manifest import Manifest, read_manifest, require_run
 
-# Schema, and the steps that write it. `control_` before a name of distill's is the same of the control.
+# Schema, and the steps that write it. `control_` before a name of teach's or distill's is the same of the control.
 _TABLES: dict[str, tuple[pa.Schema, tuple[str, ...]]] = {
     "documents": (schemas.DOCUMENTS, ("index",)),
     "latents": (schemas.LATENTS, ("sae",)),
@@ -24,9 +24,10 @@ _TABLES: dict[str, tuple[pa.Schema, tuple[str, ...]]] = {
     "scores": (schemas.SCORES, ("score",)),
     "curated": (pa.schema([*schemas.CURATED_HEAD, *schemas.CURATED_TAIL]), ("curate",)),
     "rejects": (schemas.REJECTS, ("index", "screen", "embed", "curate")),
+    "rewrites": (schemas.REWRITES, ("teach",)),
+    "teacher_logprobs": (schemas.TEACHER_LOGPROBS, ("teach",)),
     "importance": (schemas.IMPORTANCE, ("prune",)),
     "head_latents": (schemas.HEAD_LATENTS, ("prune",)),
-    "rewrites": (schemas.REWRITES, ("distill",)),
     "metrics": (schemas.METRICS, ("sae", "distill", "evaluate")),
 }
 # Rows that a file system which is not local gives Polars at a time.

@@ -191,9 +191,9 @@ def _rounds(run: _Run) -> list[dict[str, Any]]:
 
 
 def _rewrites(run: _Run) -> dict[str, Any] | None:
-    if not run.has("distill", "rewrites"):
+    if not run.has("teach", "rewrites"):
         return None
-    rewrites = run.frame("distill", "rewrites")
+    rewrites = run.frame("teach", "rewrites")
     chosen = rewrites.filter(pl.col("used") == "rewrite").head(_REWRITES).collect()
     texts = ("prompt", "response_original", "response")
     pairs = [row | {name: _cut(row[name] or "", _TEXT_CHARACTERS) for name in texts} for row in chosen.to_dicts()]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from finescope import schemas, storage
 from finescope.distillation.batches import Pass, Step
@@ -27,7 +26,7 @@ class StoredTeacher:
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for uri in shards:
                 table = schemas.conform(storage.read_parquet(uri), schema)
-                writer.write_table(table.filter(pc.greater(table.column("targets"), 0)))
+                writer.write_table(table.filter(pa.array(table.column("targets").to_numpy() > 0)))
         reader = pa.ipc.open_file(pa.memory_map(path))
         for number in range(reader.num_record_batches):
             self._batches.append(reader.get_batch(number))

@@ -20,7 +20,7 @@ def describe(section: ModelSection) -> dict[str, Any]:
     Raises:
         ModelError: the model cannot be found or used; an architecture that is not recognised names the module.
     """
-    source = resolve(section)
+    source = resolve(section, "model.path")
     model = load_meta_model(source, trust_remote_code=section.trust_remote_code)
     anatomy = anatomy_of(model)
     config, blocks = model.config, blocks_of(model, anatomy)

@@ -111,6 +111,14 @@ def load_tokenizer(reference: ModelReference) -> Any:
     return tokenizer
 
 
+def source_tokenizer(source: ModelSource, section: ModelSection) -> Any:
+    """The tokenizer of a model that has not been materialised."""
+    if source.kind != "gguf":
+        return load_tokenizer(materialise(source, section, source.path))
+    with local_gguf(source.path) as file:
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
 def load_model(
     reference: ModelReference,
     *,

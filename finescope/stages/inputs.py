@@ -15,6 +15,7 @@ from finescope.models.depth import check_blocks_may_leave
 from finescope.models.groups import kinds_of, layout_of
 from finescope.models.load import load_meta_model, load_tokenizer
 from finescope.stages.references import model_of
+from finescope.stages.teacher import check_teacher
 from finescope.steps import Step
 
 # The first position is no part of a code (an attention sink), so that a text of one token has none.
@@ -22,14 +23,19 @@ _LEAST_TOKENS = 2
 
 
 def check_inputs(recipe: Recipe, model: Manifest, left: Sequence[Step]) -> None:
-    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do; see what can be pruned.
+    """Read the seeds, the evaluation sets and the held-out sets of the steps that are left to do; see what can be pruned, and
+    that there is a teacher.
 
     Raises:
-        RecipeError: `prune` is left, and the model cannot lose what `prune.structure` names.
+        RecipeError: `prune` is left, and the model cannot lose what `prune.structure` names; or `teach`, and the teacher's
+            vocabulary is not the one that is needed.
+        ModelError: `teach` is left, and the teacher is not found or refused.
         CorpusError: one of them is missing, empty or cannot be read; the message names file and line, or the seed.
     """
     reference = model_of(model)
     steps = {step.name for step in left}
+    if "teach" in steps:
+        check_teacher(recipe.distill, recipe.model, reference)
     if "prune" in steps:
         meta = load_meta_model(reference)
         layout = layout_of(meta, anatomy_of(meta))

@@ -17,7 +17,7 @@ def model(context: Context, section: ModelSection, layer: int, step: StepInput) 
     Raises:
         ModelError: not found, refused, of an unknown architecture, or with fewer blocks than `sae.layer`.
     """
-    source = resolve(section)
+    source = resolve(section, "model.path")
     with context.reporter.task(f"model: {section.path.rsplit('/', 1)[-1]}", 1, "models") as progress:
         reference = materialise(source, section, storage.join(step.uri, "base"))
         progress(1)

@@ -20,14 +20,13 @@ from finescope.curation.codes import Codes, codes_of
 from finescope.curation.ngrams import BUCKETS, hashed_ngrams
 from finescope.curation.screen import Screen, cut_of, foretell
 from finescope.errors import StepFailed
-from finescope.manifest import TableFile
 from finescope.models.load import ModelReference
 from finescope.runners.base import Context, Resources
 from finescope.stages.embed import Unit, embedded_units
 from finescope.stages.references import limited_units, model_of
 from finescope.stages.scoring import Background, num_latents_of, seed_codes
 from finescope.stages.screen_units import NgramsOfSample, ScreenUnit
-from finescope.stages.units import Record, check_rate, map_units, rejected, shard_of, shards, total
+from finescope.stages.units import Record, below, check_rate, map_units, rejected, shard_of, shards, total
 from finescope.steps import Outcome, StepInput
 
 # Directories of the two samples, each with a table `embeddings`, and the fitted model, below the step's directory.
@@ -79,8 +78,12 @@ def screen(context: Context, recipe: Screening, step: StepInput) -> Outcome:
             f"screen: {100 * facts['share']:.0f} % of the documents pass, so that little is saved: screen.recall takes so many, "
             "as their words say little of their scores, or as the corpus is small; screen.share would set the share"
         )
-    samples = {"sampled": _table(_SAMPLE, sample), "audited": _table(_AUDIT, audit)}
-    tables = {"screened": shards(records, "screened"), **samples, "rejects": rejected(records)}
+    tables = {
+        "screened": shards(records, "screened"),
+        "sampled": below(_SAMPLE, shards(sample, "embeddings")),
+        "audited": below(_AUDIT, shards(audit, "embeddings")),
+        "rejects": rejected(records),
+    }
     return Outcome(total(records, "rows_in"), rows, total(records, "rejects"), tables, facts)
 
 
@@ -167,8 +170,3 @@ def _stopped(units: Sequence[Unit], records: Sequence[Record], step: StepInput) 
 def _of_messages(corpus: CorpusSection, step: StepInput) -> ModelReference | None:
     """The model, for its chat template: none where no template is needed, as a reference to it alone imports torch."""
     return model_of(step["model"]) if corpus.messages is not None else None
-
-
-def _table(name: str, records: Sequence[Record]) -> tuple[TableFile, ...]:
-    files = shards(records, "embeddings")
-    return tuple(file.model_copy(update={"path": f"{name}/{file.path}"}) for file in files)

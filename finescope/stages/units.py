@@ -102,6 +102,11 @@ def shards(records: Iterable[Record], name: str) -> tuple[TableFile, ...]:
     return tuple(TableFile(path=shard_of(name, r["unit"]), rows=r["rows"], bytes=r["bytes"]) for r in records)
 
 
+def below(folder: str, files: Iterable[TableFile]) -> tuple[TableFile, ...]:
+    """Files of a table that `write_unit` wrote into a folder of the step's directory, as the manifest names them."""
+    return tuple(file.model_copy(update={"path": f"{folder}/{file.path}"}) for file in files)
+
+
 def rejected(records: Iterable[Record]) -> tuple[TableFile, ...]:
     """The files of the rejects."""
     return tuple(

@@ -33,7 +33,7 @@ def reference(folder: str) -> ModelReference:
     place = Path(folder) / "model"
     path = str(place) if place.exists() else PACKAGE
     section = ModelSection.model_validate({"path": path, "dtype": "float32"})
-    return materialise(resolve(section), section, str(place))
+    return materialise(resolve(section, "model.path"), section, str(place))
 
 
 def read(corpus: str, documents: int, seed: int) -> tuple[list[str], list[str]]:

@@ -78,7 +78,7 @@ def first_blocks() -> tuple[str, PreTrainedModel]:
         return "random weights of SmolLM2-135M's shape", AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     section = ModelSection.model_validate({"path": PACKAGE, "dtype": "float32"})
     with tempfile.TemporaryDirectory() as folder:
-        made = materialise(resolve(section), section, str(Path(folder) / "model"))
+        made = materialise(resolve(section, "model.path"), section, str(Path(folder) / "model"))
         return "SmolLM2-135M-Instruct", load_model(made, num_layers=LAYER, device="cpu")
 
 

@@ -1,12 +1,12 @@
 """What training gives back to a pruned model, by what it is trained on. Prints a line of JSON an arm.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/distill_quality.py --data ../shared/data --work WORK --domain math --arms none random
+    OMP_NUM_THREADS=1 python tests/benchmarks/distill_quality.py --data ../shared/data --work WORK --arms none random
 
-SmolLM2-135M without a fifth of its block parameters (`prune`'s default, calibrated on the domain). Every arm trains the same student
-on the same number of tokens with the same settings; arms differ in their documents (of the domain, of the whole corpus, of a general
-set), in who wrote the responses, in the loss and in which weights are trained. Documents of the domain are drawn by the corpus's
-label. Measured on documents and questions that no arm has seen: perplexity of whole texts, and of the answers given the question by
-the chat template. What is dear (student, rewrites, log-probabilities) is kept in WORK, and done once.
+SmolLM2-135M without a fifth of its block parameters (`prune`'s default, calibrated on the domain). Every arm trains the same
+student on the same number of tokens with the same settings; arms differ in their documents (of the domain, of the whole corpus,
+of a general set), in who wrote the responses, in the loss and in which weights are trained. Documents of the domain are drawn by
+the corpus's label. Measured on documents and questions that no arm has seen: perplexity of whole texts, and of the answers given
+the question by the chat template. What is dear (student, rewrites, log-probabilities) is kept in WORK, and done once.
 """
 
 import argparse
@@ -145,7 +145,8 @@ class Bench:
             table = self.rewrites()
             if responses == "original":
                 table = table.set_column(table.schema.get_field_index("response"), "response", table.column("response_original"))
-            scorer = TeacherScorer(load_model(self.base), self.tokenizer, self.arguments.max_tokens, 32, 1.0, CPU_BATCH_TOKENS)
+            sizes = (self.base.vocab_size, self.arguments.max_tokens, 32, 1.0, CPU_BATCH_TOKENS)
+            scorer = TeacherScorer(load_model(self.base), self.tokenizer, *sizes)
             pq.write_table(scorer(table), place)
         return str(place)
 

@@ -67,7 +67,7 @@ def documents(arguments: argparse.Namespace) -> tuple[np.ndarray, ...]:
 
 def reference(arguments: argparse.Namespace) -> ModelReference:
     section = ModelSection.model_validate({"path": str(arguments.folder / "model"), "dtype": "bfloat16"})
-    return materialise(resolve(section), section, str(arguments.folder / "unused"))
+    return materialise(resolve(section, "model.path"), section, str(arguments.folder / "unused"))
 
 
 def estimate(arguments: argparse.Namespace, layers: int, tokens: int) -> dict[str, Any]:

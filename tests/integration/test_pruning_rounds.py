@@ -53,7 +53,7 @@ def test_the_steps_in_turns(done: Run) -> None:
     assert [cost["step"] for cost in costs][-6:] == turns
     assert [cost["done"] for cost in costs][-6:] == [True, False, False, False, False, False]
     again = finescope("run", done.recipe)
-    assert "nothing to do: all 12 steps" in again.err
+    assert "nothing to do: all 13 steps" in again.err
 
 
 def test_each_round_prunes_what_training_made_of_the_one_before(done: Run) -> None:
@@ -81,10 +81,10 @@ def test_every_card_names_the_model_that_was_given(done: Run) -> None:
 
 
 def test_documents_are_rewritten_once(done: Run) -> None:
-    shards = [done.output / step / "rewrites" / "part-000000.parquet" for step in ("distill-1", "distill")]
-    assert shards[0].read_bytes() == shards[1].read_bytes()
-    assert pq.read_table(shards[1]).num_rows == done.manifest("distill")["rows_in"] == 24
-    assert done.rest.err.count("distill: rewriting ...") == 2, "the curated documents once, and once those of the control"
+    assert pq.read_table(done.output / "teach" / "rewrites").num_rows == 24
+    assert done.manifest("distill-1")["rows_in"] == done.manifest("distill")["rows_in"] == 24
+    told = [ended.err.count("teach: rewriting ...") for ended in (done.first, done.rest)]
+    assert told == [1, 0], "the documents of both rounds and of the control"
     assert not (done.output / "distill-1" / "control").exists()
     assert (done.output / "distill" / "control" / "model").exists()
 
@@ -127,7 +127,7 @@ def test_a_recipe_of_one_round_takes_nothing_of_these(done: Run, tmp_path: Path)
     before = stamps(done.output)
     again = finescope("plan", done.recipe, "--json", "--set", "prune.rounds=1")
     done_now = [cost["step"] for cost in json.loads(again.out) if cost["done"]]
-    assert done_now == ["index", "model", "sae", "embed", "score", "curate"]
+    assert done_now == ["index", "model", "sae", "embed", "score", "curate", "teach"]
     assert "more than half of the blocks' parameters in one shot" in again.err
     assert "more than half" not in done.planned.err
     assert stamps(done.output) == before

@@ -35,9 +35,9 @@ _TABLES = {
     ("curate", "rejects"): schemas.REJECTS,
     ("prune", "importance"): schemas.IMPORTANCE,
     ("prune", "head_latents"): schemas.HEAD_LATENTS,
-    ("distill", "rewrites"): schemas.REWRITES,
+    ("teach", "rewrites"): schemas.REWRITES,
     ("distill", "metrics"): schemas.METRICS,
-    ("distill", "control_rewrites"): schemas.REWRITES,
+    ("teach", "control_rewrites"): schemas.REWRITES,
     ("distill", "control_metrics"): schemas.METRICS,
     ("evaluate", "metrics"): schemas.METRICS,
 }
@@ -81,7 +81,7 @@ def test_counts_go_from_step_to_step(finished: Finished) -> None:
     documents = sum(row["num_rows"] for row in _rows(finished, "index", "documents"))
     assert documents == manifests["embed"].rows_in == 400
     assert manifests["score"].rows_in == manifests["embed"].rows_out
-    assert manifests["distill"].rows_in == manifests["curate"].rows_out == 24
+    assert manifests["distill"].rows_in == manifests["teach"].rows_in == manifests["curate"].rows_out == 24
 
 
 def test_rows_of_every_unit_add_up(finished: Finished) -> None:
@@ -183,7 +183,7 @@ def test_a_second_run_does_nothing_and_imports_nothing_heavy(finished: Finished,
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values(finished.root, "reference"))
     again = ended(start(["run", recipe], _AGAIN))
     assert again.code == 0, again.err
-    assert "nothing to do: all 10 steps" in again.err
+    assert "nothing to do: all 11 steps" in again.err
     assert again.out.splitlines()[-1] == "[]"
     assert stamps(finished.output) == before
 

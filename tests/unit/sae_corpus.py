@@ -13,7 +13,7 @@ from finescope.models.source import resolve
 
 def reference_of_tiny(root: Path) -> ModelReference:
     section = ModelSection.model_validate({"path": str(root / "model"), "dtype": "float32"})
-    return materialise(resolve(section), section, str(root / "unused"))
+    return materialise(resolve(section, "model.path"), section, str(root / "unused"))
 
 
 def units_of_tiny(root: Path) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def test_a_table_of_several_steps_stands_together(tmp_path: Path) -> None:
         ("score", "curated", "has no table 'curated'; its tables: scores"),
         ("prune", "importance", "step 'prune' is not done; `finescope run RECIPE --until prune`"),
         (None, "curated", "has no table 'curated': step 'curate' is not done; `finescope run RECIPE --until curate`"),
-        (None, "control_rewrites", "step 'distill' is not done"),
+        (None, "control_rewrites", "step 'teach' is not done"),
         (None, "nothing", "no table is called 'nothing'; the tables: documents, latents"),
     ],
 )

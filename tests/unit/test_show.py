@@ -92,7 +92,10 @@ def test_inspect_shows_all_that_the_issue_asks_for(run: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["documents", "latents", "embeddings", "scores", "curated", "rejects", "importance", "head_latents", "rewrites", "metrics"],
+    [
+        *("documents", "latents", "embeddings", "scores", "curated", "rejects", "rewrites", "teacher_logprobs"),
+        *("importance", "head_latents", "metrics"),
+    ],
 )
 def test_inspect_shows_every_table(run: str, name: str) -> None:
     told = _json("inspect", run, name)

@@ -118,4 +118,4 @@ def saved_multimodal_model(directory: Path) -> Path:
 def reference(directory: Path, **section: object) -> ModelReference:
     """A reference to the model in `directory`, in float32."""
     model = ModelSection.model_validate({"path": str(directory), "dtype": "float32", **section})
-    return materialise(resolve(model), model, str(directory / "unused"))
+    return materialise(resolve(model, "model.path"), model, str(directory / "unused"))
