@@ -23,7 +23,7 @@ def test_sections_that_are_not_given_have_their_defaults():
     recipe = parse(BASE, "r.yaml")
     assert recipe.sae.layer == 16
     assert recipe.corpus.path == ("data/*.parquet",), "one path is a list of one"
-    assert set(STEPS) - {"index", "report"} <= set(Recipe.model_fields)
+    assert set(STEPS) - {"index", "teach", "report"} <= set(Recipe.model_fields)
 
 
 @pytest.mark.parametrize(
