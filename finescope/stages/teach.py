@@ -9,11 +9,11 @@ import pyarrow as pa
 from finescope import schemas, storage
 from finescope.config import CorpusSection, DistillSection
 from finescope.corpus.text import prompt_and_response
-from finescope.corpus.tokenise import tokenise
-from finescope.distillation.rewrite import Rewriter, select_first
+from finescope.corpus.tokenise import CPU_BATCH_TOKENS, tokenise
+from finescope.distillation.rewrite import select_first
 from finescope.distillation.signal import TeacherScorer
 from finescope.distillation.teachers import Server, rewriter_of
-from finescope.models.load import ModelReference, load_model, load_tokenizer
+from finescope.models.load import ModelReference, default_device, load_model, load_tokenizer
 from finescope.runners.base import Context, Resources
 from finescope.stages.references import PROCESS_BYTES, memory_bytes, model_of, random_documents, read_located, read_shards
 from finescope.stages.teacher import teacher_of
@@ -22,7 +22,7 @@ from finescope.steps import Outcome, StepInput
 
 # Documents of a unit: what is done again after a crash, and what one actor takes at a time.
 _UNIT = 64
-# Cached positions of the documents that are written together, and tokens of those that are read together, padding included.
+# Cached positions of the documents that are written together, and tokens of those that a GPU reads together, padding included.
 _REWRITE_BATCH_TOKENS, _SCORE_BATCH_TOKENS = 8192, 4096
 # Where the log-probabilities go, below the step's directory: of a unit of rewrites they are a unit of the same number.
 _SCORED = "logprobs"
@@ -30,17 +30,14 @@ _DOCUMENT = {"doc_id": pa.string(), "prompt": pa.string(), "response": pa.string
 
 
 class _Rewrite:
-    """Rewrites one unit of documents; the model is loaded when the first one comes."""
+    """Rewrites one unit of documents."""
 
     def __init__(self, teacher: ModelReference | Server, model: ModelReference, section: DistillSection, uri: str) -> None:
-        self._arguments, self._uri = (teacher, model, section, _REWRITE_BATCH_TOKENS), uri
-        self._rewriter: Rewriter | None = None
+        self._rewriter, self._uri = rewriter_of(teacher, model, section, _REWRITE_BATCH_TOKENS), uri
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         unit = batch.to_pylist()[0]
         documents = pa.table({name: pa.array(unit[name], kind) for name, kind in _DOCUMENT.items()})
-        if self._rewriter is None:
-            self._rewriter = rewriter_of(*self._arguments)
         # Units are told of when they are done.
         table = self._rewriter(documents, lambda amount: None)
         rewritten = table.column("used").to_pylist().count("rewrite")
@@ -51,7 +48,8 @@ class _Score:
     """The teacher's log-probabilities of one shard of rewrites."""
 
     def __init__(self, teacher: ModelReference, model: ModelReference, section: DistillSection, uri: str) -> None:
-        sizes = (section.max_tokens, section.kl_top_k, section.kl_temperature, _SCORE_BATCH_TOKENS)
+        batch_tokens = CPU_BATCH_TOKENS if default_device().type == "cpu" else _SCORE_BATCH_TOKENS
+        sizes = (section.max_tokens, section.kl_top_k, section.kl_temperature, batch_tokens)
         vocab_size = min(teacher.vocab_size, model.vocab_size)
         self._scorer = TeacherScorer(load_model(teacher), load_tokenizer(model), vocab_size, *sizes)
         self._uri = uri

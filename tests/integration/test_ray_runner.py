@@ -66,7 +66,9 @@ def test_the_dictionary_is_the_same(finished: Finished, on_ray: dict[str, Manife
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-@pytest.mark.parametrize(("step", "table"), [("embed", "embeddings"), ("score", "scores"), ("curate", "curated")])
+@pytest.mark.parametrize(
+    ("step", "table"), [("embed", "embeddings"), ("score", "scores"), ("curate", "curated"), ("teach", "rewrites")]
+)
 def test_tables_are_the_same_bit_for_bit(finished: Finished, on_ray: dict[str, Manifest], step: str, table: str) -> None:
     here, there = (pl.read_parquet(run[step].files(table)) for run in (finished.manifests, on_ray))
     assert here.height > 0
@@ -74,7 +76,7 @@ def test_tables_are_the_same_bit_for_bit(finished: Finished, on_ray: dict[str, M
 
 
 def test_counts_are_the_same(finished: Finished, on_ray: dict[str, Manifest]) -> None:
-    for name in ("index", "embed", "score", "curate", "prune", "distill"):
+    for name in ("index", "embed", "score", "curate", "teach", "prune", "distill"):
         here, there = finished.manifests[name], on_ray[name]
         assert (here.rows_in, here.rows_out, here.rejects) == (there.rows_in, there.rows_out, there.rejects), name
         assert there.rows_in == there.rows_out + there.rejects

@@ -23,7 +23,6 @@ def test_sections_that_are_not_given_have_their_defaults():
     recipe = parse(BASE, "r.yaml")
     assert recipe.sae.layer == 16
     assert recipe.corpus.path == ("data/*.parquet",), "one path is a list of one"
-    # `teach` does what the section `distill` says of the teacher.
     assert set(STEPS) - {"index", "teach", "report"} <= set(Recipe.model_fields)
 
 
