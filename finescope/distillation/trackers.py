@@ -1,6 +1,7 @@
 """MLflow, Weights & Biases and TensorBoard, each as a `Tracker`. Their packages are imported where a run is opened."""
 
 import contextlib
+import importlib
 import json
 import os
 from collections import deque
@@ -53,11 +54,9 @@ class MLflowTracker:
     def __init__(self, run: TrackedRun) -> None:
         # Like Ray's, its reports of usage go out unless it is told not to.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow
-        from mlflow.entities import Param
-
+        entities = _module("mlflow.entities")
         with _mlflow_errors():
-            self._client = mlflow.MlflowClient(
+            self._client = _module("mlflow").MlflowClient(
                 os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.directory.resolve()}/mlflow.db"
             )
             found = self._client.get_experiment_by_name(run.project)
@@ -68,7 +67,7 @@ class MLflowTracker:
                 self._client.update_run(self._run, status="RUNNING")
             else:
                 self._run = self._client.create_run(experiment, tags={_IDENTITY_TAG: run.identity}, run_name=run.name).info.run_id
-                settings = [Param(name, str(value)) for name, value in run.settings.items()]
+                settings = [entities.Param(name, str(value)) for name, value in run.settings.items()]
                 for start in range(0, len(settings), _MLFLOW_PARAMS):
                     self._client.log_batch(self._run, params=settings[start : start + _MLFLOW_PARAMS])
             # The last step that it has of each metric: it would keep and draw a second value beside the first.
@@ -81,12 +80,11 @@ class MLflowTracker:
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """See `Tracker`."""
-        from mlflow.entities import Metric
-
         self._raise_what_failed(wait=False)
         new = [name for name in values if step > self._told.get(name, -1)]
         if new:
-            metrics = [Metric(name, values[name], int(seconds * 1000), step) for name in new]
+            metric = _module("mlflow.entities").Metric
+            metrics = [metric(name, values[name], int(seconds * 1000), step) for name in new]
             self._told.update(dict.fromkeys(new, step))
             self._sent.append(self._thread.submit(self._client.log_batch, self._run, metrics=metrics))
 
@@ -109,11 +107,9 @@ class MLflowTracker:
 
 @contextlib.contextmanager
 def _mlflow_errors() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except MlflowException as error:
+    except _module("mlflow.exceptions").MlflowException as error:
         if error.error_code not in _NOT_REACHED:
             raise ResourceError(f"compute.track: mlflow refuses: {_first_line(error)}") from error
         raise Unreachable(_first_line(error)) from error
@@ -123,9 +119,7 @@ class WandbTracker:
     """A run of Weights & Biases; it sends from a process of its own, and tries again by itself."""
 
     def __init__(self, run: TrackedRun) -> None:
-        import wandb
-        from wandb.errors import CommError, UsageError
-
+        wandb = _module("wandb")
         try:
             self._run = wandb.init(
                 project=run.project,
@@ -136,9 +130,9 @@ class WandbTracker:
                 dir=str(run.directory),
                 settings=wandb.Settings(console="off", finish_timeout=_WANDB_FINISH_S),
             )
-        except CommError as error:
+        except wandb.errors.CommError as error:
             raise Unreachable(_first_line(error)) from error
-        except UsageError as error:  # no key, and nothing that an hour's wait would mend
+        except wandb.errors.UsageError as error:  # no key, and nothing that an hour's wait would mend
             raise ResourceError(f"compute.track: wandb refuses: {_first_line(error)}") from error
         self._next = self._run.step  # it refuses, with a warning each, the steps before
 
@@ -173,12 +167,11 @@ class TensorBoardTracker:
 
     def _begin(self, step: int) -> None:
         """A new file, which takes back what earlier ones have of this step and those after it."""
-        from torch.utils.tensorboard import SummaryWriter
-
         if self._writer is not None:
             self._writer.close()
         first = not self._directory.exists()
-        self._writer = SummaryWriter(str(self._directory), purge_step=step, flush_secs=_TENSORBOARD_FLUSH_S)
+        writer = _module("torch.utils.tensorboard").SummaryWriter
+        self._writer = writer(str(self._directory), purge_step=step, flush_secs=_TENSORBOARD_FLUSH_S)
         if first:
             self._writer.add_text("settings", f"```\n{self._settings}\n```", 0)
 
@@ -199,3 +192,8 @@ def _file_errors() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _module(name: str) -> Any:
+    # Of an optional package: not there for a type checker, nor for who tracks nothing.
+    return importlib.import_module(name)

@@ -9,7 +9,7 @@ from typing import Self
 from finescope.distillation.trackers import MLflowTracker, TensorBoardTracker, TrackedRun, Tracker, Unreachable, WandbTracker
 from finescope.errors import ResourceError
 
-# What each needs of the extra `track`; MLflow without a server keeps runs in a database, which its skinny package leaves out.
+# What each needs of the extra `track`; MLflow without a server keeps runs in a database, for which its skinny package lacks two.
 _PACKAGES = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",), "tensorboard": ("tensorboard",)}
 _MAKERS: Mapping[str, Callable[[TrackedRun], Tracker]] = {
     "mlflow": MLflowTracker,
