@@ -136,11 +136,12 @@ def at_work(output: Path) -> str:
 
 @dataclass(frozen=True)
 class Blow:
-    """What is killed, and when: so many seconds after a step has begun."""
+    """What is killed, and when: so many seconds after a step has begun, or after another file of it is there."""
 
     victim: str
     step: str
     seconds: float
+    after: str = "step.json"
 
 
 def begin_at(step: str, undisturbed: Path, output: Path) -> None:
@@ -168,14 +169,15 @@ def one_run(
     `look` tells what was at work when the blow fell; `then` is another recipe for the starts after it.
     """
     log = output.with_suffix(".log")
-    story: dict[str, Any] = {"victim": planned.victim, "step": planned.step, "after_s": round(planned.seconds, 1), "codes": []}
+    story: dict[str, Any] = {"victim": planned.victim, "step": planned.step, "codes": []}
+    story |= {"after": planned.after, "seconds_later": round(planned.seconds, 1)}
     begun = time.monotonic()
     while not story["codes"] or story["codes"][-1] != 0:
         if len(story["codes"]) == _ATTEMPTS:
             return story | {"fault": f"not done after {_ATTEMPTS} starts"}
         driver = started(then if then and story["codes"] else recipe, until, log)
         if "struck" not in story:
-            while driver.poll() is None and not (output / planned.step / "step.json").exists():
+            while driver.poll() is None and not (output / planned.step / planned.after).exists():
                 time.sleep(_POLL_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(planned.seconds)

@@ -160,20 +160,21 @@ class TensorBoardTracker:
         """See `Tracker`."""
         with _file_errors():
             if self._writer is None or step <= self._last:
-                self._begin(step)
+                self._writer = self._begin(step)
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step, walltime=seconds)
         self._last = step
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int) -> Any:
         """A new file, which takes back what earlier ones have of this step and those after it."""
         if self._writer is not None:
             self._writer.close()
         first = not self._directory.exists()
-        writer = _module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(str(self._directory), purge_step=step, flush_secs=_TENSORBOARD_FLUSH_S)
+        summary_writer = _module("torch.utils.tensorboard").SummaryWriter
+        writer = summary_writer(str(self._directory), purge_step=step, flush_secs=_TENSORBOARD_FLUSH_S)
         if first:
-            self._writer.add_text("settings", f"```\n{self._settings}\n```", 0)
+            writer.add_text("settings", f"```\n{self._settings}\n```", 0)
+        return writer
 
     def close(self, failed: bool) -> None:
         """See `Tracker`."""

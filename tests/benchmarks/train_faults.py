@@ -2,10 +2,11 @@
 
     python tests/benchmarks/train_faults.py --runs 20
 
-A student of a random model is trained by two processes, one a node. At a moment of the undisturbed step `distill`, drawn from
---seed, one process gets SIGKILL: the driver, after which the same command is given again, or one that trains, which Ray Train
-replaces. All steps before are taken from the undisturbed run. Then the weights must be those of the undisturbed run, bit for bit,
-each training step be told of once, and no file, process or scratch be left over.
+A student of a random model is trained by two processes, one a node. At a moment of the step `distill`, drawn from --seed, one
+process gets SIGKILL: the driver, after which the same command is given again, or one that trains, which Ray Train replaces. A
+quarter of the moments is anywhere in the step, most of which is no training; the others follow one of the checkpoints. All
+steps before are taken from the undisturbed run. Then the weights must be those of the undisturbed run, bit for bit, each
+training step be told of once, and no file, process or scratch be left over.
 
 Two more runs, whose sums are taken in another order: one whose driver is killed goes on with one process in place of two; one
 goes on under ZeRO 3 after ZeRO 2. Of these the largest difference of a weight is printed, beside that between the student before
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from finescope.manifest import manifest_of
 
 VICTIMS = ("driver", "RayTrainWorker")
 UNTIL = "distill"
+_EVERY = 4  # training steps between two checkpoints
 _CLOSE = 1e-4
 
 
@@ -57,7 +60,7 @@ def recipe_of(root: Path, name: str, address: str, workers: int) -> tuple[Path, 
         name,
         compute={"runner": "ray", "address": address, "actors": 1, "memory_per_actor_gb": 0.1, "train_workers": workers},
         sae={"coordinates": {"method": "random", "count": 24}, "recovery_documents": 0, "epochs": 1},
-        distill={"control": False, "rewrite_share": 0.1, "epochs": 20, "checkpoint_steps": 4},
+        distill={"control": False, "rewrite_share": 0.1, "epochs": 20, "checkpoint_steps": _EVERY},
     )
     path = root / f"{name}-{workers}.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -100,17 +103,18 @@ def killed_runs(root: Path, there: Nodes, arguments: argparse.Namespace) -> list
     scratch, undisturbed = root / "tmp", root / "runs" / "undisturbed"
     recipe, _ = recipe_of(root, undisturbed.name, there.cluster.address, 2)
     undisturbed_run(recipe, UNTIL, undisturbed)
-    seconds, stories = manifest_of(str(undisturbed), UNTIL).seconds, []
+    calm, stories = manifest_of(str(undisturbed), UNTIL), []
     for number in [*range(arguments.first, arguments.first + arguments.runs), "two-to-one"]:
         chance = random.Random(f"{arguments.seed} {number}")
         alone = number == "two-to-one"
-        victim = "driver" if alone else VICTIMS[int(number) % len(VICTIMS)]
-        # That the first processes have trained at all is seen by a checkpoint; half of the step is over then.
-        moment = seconds * (0.75 if alone else chance.uniform(0.0, 1.0))
+        planned = Blow("driver" if alone else VICTIMS[int(number) % len(VICTIMS)], UNTIL, chance.uniform(0.0, calm.seconds))
+        if alone or chance.random() < 0.75:
+            step = _EVERY * chance.randrange(1, calm.facts["training_steps"] // _EVERY)
+            planned = replace(planned, after=f"checkpoints/step-{step:08d}/done.json", seconds=chance.uniform(0.0, 1.0))
         recipe, output = recipe_of(root, f"run-{number}", there.cluster.address, 2)
         then, _ = recipe_of(root, f"run-{number}", there.cluster.address, 1 if alone else 2)
         begin_at(UNTIL, undisturbed, output)
-        story = {"run": number} | one_run(recipe, UNTIL, output, there, Blow(victim, UNTIL, moment), chance, stands, then)
+        story = {"run": number} | one_run(recipe, UNTIL, output, there, planned, chance, stands, then)
         if "fault" not in story:
             models = (run / UNTIL / "model" for run in (output, undisturbed))
             story["largest_difference"] = largest_difference(*models)
