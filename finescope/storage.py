@@ -7,11 +7,12 @@ publish an object when its upload ends.
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -170,6 +171,12 @@ def read_json(uri: str) -> Any:
 def put_json(uri: str, value: Any) -> None:
     """Write JSON, indented, atomically."""
     put_bytes(uri, (json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False) + "\n").encode())
+
+
+def put_jsonl(uri: str, rows: Iterable[Mapping[str, float | None]]) -> None:
+    """Write rows of numbers as JSON lines, all of them at once, atomically; JSON has no number for NaN and infinities: null."""
+    finite = ({name: value if value is None or math.isfinite(value) else None for name, value in row.items()} for row in rows)
+    put_bytes(uri, "".join(json.dumps(row) + "\n" for row in finite).encode())
 
 
 def put_parquet(uri: str, table: pa.Table, row_group_size: int | None = None) -> int:

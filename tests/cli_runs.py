@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from finescope.cli import app
 from finescope.config import Recipe
 from finescope.manifest import Manifest
-from finescope.runners.base import Progress
+from finescope.runners.base import TrainProgress
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -45,9 +45,9 @@ class Finished(NamedTuple):
 class SilentReporter:
     """Tells nobody."""
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Progress]:
+    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[TrainProgress]:
         """See `Reporter`."""
-        return nullcontext(lambda amount: None)
+        return nullcontext(lambda amount, note="": None)
 
     def note(self, message: str) -> None:
         """See `Reporter`."""

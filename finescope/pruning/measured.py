@@ -1,11 +1,11 @@
 """What pruning took: the seconds of each part, and the peak of memory."""
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+# Measured where models are, as a training asks for it too.
+from finescope.models.memory import peak_memory as peak_memory
 
 
 class Clock:
@@ -23,11 +23,3 @@ class Clock:
         took = time.perf_counter() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner
         self._inner = before + took
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes at most since this process began: resident, and of a GPU what tensors took."""
-    found = {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        found["device_bytes"] = torch.cuda.max_memory_allocated(device)
-    return found

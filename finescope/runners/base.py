@@ -16,6 +16,12 @@ class Progress(Protocol):
     def __call__(self, amount: int, /) -> None: ...
 
 
+class TrainProgress(Protocol):
+    """As `Progress`, with a short note of how a training stands, in one line; the newest one counts, "" leaves it as it is."""
+
+    def __call__(self, amount: int, note: str = "", /) -> None: ...
+
+
 class TableWorker(Protocol):
     """A batch function as a class: the constructor loads, the call maps a table to a table. No Ray in it."""
 
@@ -70,7 +76,12 @@ class Runner(Protocol):
         ...
 
     def train(
-        self, loop: Callable[..., None], arguments: tuple[Any, ...], progress: Progress, resources: Resources, zero_stage: int
+        self,
+        loop: Callable[..., None],
+        arguments: tuple[Any, ...],
+        progress: TrainProgress,
+        resources: Resources,
+        zero_stage: int,
     ) -> None:
         """Run `loop(*arguments, engine_factory, progress)` on every worker of a training group.
 
@@ -84,7 +95,7 @@ class Runner(Protocol):
         arguments: tuple[Any, ...],
         source: Source,
         workers: int,
-        progress: Progress,
+        progress: TrainProgress,
         resources: Resources,
     ) -> None:
         """Run `loop(*arguments, stream, progress)` on every one of `workers` processes of a training group, or on one.
@@ -102,7 +113,7 @@ class Runner(Protocol):
 class Reporter(Protocol):
     """Tells the person who runs it what is going on; on stderr, in colour or as JSON lines."""
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Progress]:
+    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[TrainProgress]:
         """A long piece of work of `total` units ('documents', 'tokens'), with its rate and the time left."""
         ...
 

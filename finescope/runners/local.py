@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from finescope.distillation.engine import PlainEngine
-from finescope.runners.base import Progress, Resources, Result, Source, TableWorker
+from finescope.runners.base import Progress, Resources, Result, Source, TableWorker, TrainProgress
 
 
 class LocalRunner:
@@ -31,7 +31,12 @@ class LocalRunner:
         return function(*arguments, progress)
 
     def train(
-        self, loop: Callable[..., None], arguments: tuple[Any, ...], progress: Progress, resources: Resources, zero_stage: int
+        self,
+        loop: Callable[..., None],
+        arguments: tuple[Any, ...],
+        progress: TrainProgress,
+        resources: Resources,
+        zero_stage: int,
     ) -> None:
         """See `Runner.train`. One process has nothing to shard: the plain engine, whatever the ZeRO stage."""
         loop(*arguments, PlainEngine, progress)
@@ -42,7 +47,7 @@ class LocalRunner:
         arguments: tuple[Any, ...],
         source: Source,
         workers: int,
-        progress: Progress,
+        progress: TrainProgress,
         resources: Resources,
     ) -> None:
         """See `Runner.train_on_stream`. This process is all of the group, and computes what it is about to use."""

@@ -16,12 +16,13 @@ import ray.exceptions
 from finescope.config import ComputeSection
 from finescope.errors import ResourceError
 from finescope.runners import ray_data, ray_train
-from finescope.runners.base import Progress, Reporter, Resources, Result, Source, TableWorker
+from finescope.runners.base import Progress, Reporter, Resources, Result, Source, TableWorker, TrainProgress
 
 # Of a CPU or GPU that a process which trains shares with an actor that feeds it.
 _TRAINING_PART = 0.6
-# What every worker of the run sees, on every node.
+# What every worker of the run sees, on every node; and what it sees of the driver's: names that begin so.
 _WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+_PASSED_ON = ("HF_", "TRANSFORMERS_", "MLFLOW_", "WANDB_")
 
 
 class RayRunner:
@@ -42,7 +43,7 @@ class RayRunner:
         return max(float(ray.cluster_resources().get("GPU", 0)), 0.0 if stated == "auto" else stated)
 
     def _connect(self, address: str | None, reporter: Reporter) -> None:
-        variables = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TRANSFORMERS_"))}
+        variables = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         runtime = {"env_vars": {**_WORKER_ENVIRONMENT, **variables}}
         # Inside a job the job's own runtime environment is already there, and Ray merges the two.
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": runtime}
@@ -76,7 +77,12 @@ class RayRunner:
             return ray_data.call_remote(function, arguments, progress, self._whole_machine(resources))
 
     def train(
-        self, loop: Callable[..., None], arguments: tuple[Any, ...], progress: Progress, resources: Resources, zero_stage: int
+        self,
+        loop: Callable[..., None],
+        arguments: tuple[Any, ...],
+        progress: TrainProgress,
+        resources: Resources,
+        zero_stage: int,
     ) -> None:
         """See `Runner.train`. `compute.train_workers: auto` is one worker a GPU, or two on CPUs alone."""
         workers = self._compute.train_workers
@@ -92,7 +98,7 @@ class RayRunner:
         arguments: tuple[Any, ...],
         source: Source,
         workers: int,
-        progress: Progress,
+        progress: TrainProgress,
         resources: Resources,
     ) -> None:
         """See `Runner.train_on_stream`.

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -20,7 +20,7 @@ from torch import distributed
 
 from finescope.distillation.engine import PlainEngine
 from finescope.errors import StepFailed, UserError
-from finescope.runners.base import Progress, Resources
+from finescope.runners.base import Resources, TrainProgress
 from finescope.runners.ray_deepspeed import DeepSpeedEngine, check_installed
 
 # Worker groups that may be lost; each time the loop goes on from its newest checkpoint.
@@ -34,7 +34,7 @@ _FAILURE_POLLS = 20  # how long a process that failed waits for the others to fa
 def train(
     loop: Callable[..., None],
     arguments: tuple[Any, ...],
-    progress: Progress,
+    progress: TrainProgress,
     resources: Resources,
     workers: int,
     per_worker: dict[str, float],
@@ -43,7 +43,7 @@ def train(
     """Run `loop(*arguments, engine_factory, progress)` on `workers` processes that train together; see `Runner.train`.
 
     Each has the CPUs and GPUs of `per_worker`. `zero_stage` 0 is the plain engine, 1 to 3 DeepSpeed's. What rank 0 tells
-    `progress` is told here while it trains; steps that are done again after a failure are told once.
+    `progress` is told here while it trains; steps that are done again after a failure are told once, with a note of their own.
 
     Raises:
         ResourceError: DeepSpeed is asked for and missing.
@@ -75,9 +75,9 @@ def train(
     try:
         with _listening(relay, progress):
             trainer.fit()
-        _, failure = ray.get(relay.state.remote())
-        if failure is not None:
-            raise pickle.loads(failure)
+        state: _State = ray.get(relay.state.remote())
+        if state.failure is not None:
+            raise pickle.loads(state.failure)
     except TrainingFailedError as error:
         raise _plain(error, relay) from error
     finally:
@@ -96,18 +96,26 @@ def _scratch_directory() -> str:
     return tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-")
 
 
+class _State(NamedTuple):
+    """What the relay knows."""
+
+    done: int
+    note: str  # the newest
+    failure: bytes | None
+
+
 @ray.remote
 class _Relay:
     """What the processes tell the driver, kept where both can reach it and where it outlives a worker group."""
 
     def __init__(self) -> None:
-        self._done = 0
+        self._done, self._note = 0, ""
         self._failure: bytes | None = None
         self._failed: set[int] = set()
 
-    def advance(self, done: int) -> None:
-        """Rank 0 of some attempt has done so much in all."""
-        self._done = max(self._done, done)
+    def advance(self, done: int, note: str) -> None:
+        """Rank 0 of some attempt has done so much in all, and how it stands."""
+        self._done, self._note = max(self._done, done), note or self._note
 
     def fail(self, rank: int, failure: bytes) -> int:
         """A process failed for a reason that another attempt would meet again; the pickled exception.
@@ -118,23 +126,23 @@ class _Relay:
         self._failed.add(rank)
         return len(self._failed)
 
-    def state(self) -> tuple[int, bytes | None]:
-        """What has been done, and the failure if there was one."""
-        return self._done, self._failure
+    def state(self) -> _State:
+        """What has been done, how it stands, and the failure if there was one."""
+        return _State(self._done, self._note, self._failure)
 
 
 def _work(config: dict[str, Any]) -> None:
     """One process of the group."""
     (loop, arguments), relay, zero_stage = config["call"], config["relay"], config["zero_stage"]
-    _, failure = ray.get(relay.state.remote())
-    if failure is not None:
+    state: _State = ray.get(relay.state.remote())
+    if state.failure is not None:
         return
     done = 0
 
-    def progress(amount: int) -> None:
+    def progress(amount: int, note: str = "") -> None:
         nonlocal done
         done += amount
-        relay.advance.remote(done)
+        relay.advance.remote(done, note)
 
     try:
         loop(*arguments, functools.partial(DeepSpeedEngine, zero_stage) if zero_stage else PlainEngine, progress)
@@ -157,18 +165,19 @@ def _all_failed(relay: Any, error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _listening(relay: Any, progress: Progress) -> Iterator[None]:
+def _listening(relay: Any, progress: TrainProgress) -> Iterator[None]:
     """Pass on what the relay is told, from a thread, until the context ends and once more then."""
     ended = threading.Event()
 
     def listen() -> None:
-        told = 0
+        done, note = 0, ""
         while True:
             last = ended.wait(_POLL_SECONDS)
-            done, _ = ray.get(relay.state.remote())
-            if done > told:
-                progress(done - told)
-                told = done
+            state: _State = ray.get(relay.state.remote())
+            # A relay that was lost and started again knows less until it is told.
+            if state.done > done or state.note not in ("", note):
+                progress(max(0, state.done - done), state.note)
+                done, note = max(done, state.done), state.note
             if last:
                 return
 
@@ -183,9 +192,9 @@ def _listening(relay: Any, progress: Progress) -> Iterator[None]:
 
 def _plain(error: TrainingFailedError, relay: Any) -> Exception:
     """The failure as the process itself put it, without Ray's frames."""
-    _, failure = ray.get(relay.state.remote())
-    if failure is not None:
-        return pickle.loads(failure)
+    state: _State = ray.get(relay.state.remote())
+    if state.failure is not None:
+        return pickle.loads(state.failure)
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, cause = min(error.worker_failures.items())
         return StepFailed(f"training failed {_MAX_FAILURES + 1} times, lastly on process {rank}: {_last_line(cause)}")

@@ -26,7 +26,7 @@ from finescope.distillation.job import TrainJob
 from finescope.distillation.loop import train
 from finescope.errors import ResourceError, StepFailed
 from finescope.runners import ray_deepspeed, ray_train
-from finescope.runners.base import Resources
+from finescope.runners.base import Resources, TrainProgress
 
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -85,9 +85,15 @@ def close(found: Weights, expected: Weights) -> None:
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3)
 
 
-def together(loop: Callable[..., None], arguments: tuple[Any, ...], zero_stage: int) -> int:
+def together(loop: Callable[..., None], arguments: tuple[Any, ...], zero_stage: int, notes: list[str] | None = None) -> int:
     told: list[int] = []
-    ray_train.train(loop, arguments, told.append, Resources(), 2, {"CPU": 1.0}, zero_stage)
+
+    def progress(amount: int, note: str = "") -> None:
+        told.append(amount)
+        if notes is not None:
+            notes.append(note)
+
+    ray_train.train(loop, arguments, progress, Resources(), 2, {"CPU": 1.0}, zero_stage)
     return sum(told)
 
 
@@ -169,6 +175,19 @@ def test_a_killed_process_is_replaced(tmp_path: Path, session: None, student: st
     assert together(killed_once, (job, str(tmp_path / "marker")), 0) == 6
     assert (tmp_path / "marker").exists()
     close(weights(job), weights(alone["lora"]))
+
+
+def noting(steps: int, factory: EngineFactory, progress: TrainProgress) -> None:
+    """Rank 0 alone tells, as the loop does."""
+    if torch.distributed.get_rank() == 0:
+        for step in range(steps):
+            progress(1, f"loss {step}" if step < steps - 1 else "")
+
+
+def test_the_newest_note_is_passed_on(session: None) -> None:
+    notes: list[str] = []
+    assert together(noting, (5,), 0, notes) == 5
+    assert notes[-1] == "loss 3"
 
 
 def test_a_known_failure_comes_out_as_it_was_raised(tmp_path: Path, session: None, student: str) -> None:

@@ -27,10 +27,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def work(reporter: ConsoleReporter, clock: Clock, total: int | None = 1000) -> None:
-    """1,000 units in 40 seconds, 250 every ten."""
+    """1,000 units in 80 seconds, 250 every twenty."""
     with reporter.task("embed: encoding", total, "documents") as progress:
         for _ in range(4):
-            clock.now += 10
+            clock.now += 20
             progress(250)
 
 
@@ -41,16 +41,16 @@ def test_plain_lines_tell_rate_and_time_left(clock: Clock, capsys: pytest.Captur
     assert captured.out == "", "stdout is for results"
     assert captured.err.splitlines() == [
         "embed: encoding ...",
-        "embed: encoding: 500 of 1,000 documents, 25/s, 20 s, 20 s left",
-        "embed: encoding: 1,000 of 1,000 documents, 25/s, 40 s",
+        "embed: encoding: 500 of 1,000 documents, 12/s, 40 s, 40 s left",
+        "embed: encoding: 1,000 of 1,000 documents, 12/s, 80 s",
     ]
 
 
 def test_without_a_total_there_is_no_time_left(clock: Clock, capsys: pytest.CaptureFixture[str]):
     work(ConsoleReporter("plain"), clock, total=None)
     lines = capsys.readouterr().err.splitlines()
-    last = "embed: encoding: 1,000 documents, 25/s, 40 s"
-    assert lines == ["embed: encoding ...", "embed: encoding: 500 documents, 25/s, 20 s", last, last]
+    last = "embed: encoding: 1,000 documents, 12/s, 80 s"
+    assert lines == ["embed: encoding ...", "embed: encoding: 500 documents, 12/s, 40 s", last, last]
 
 
 def test_quick_tasks_are_two_lines(clock: Clock, capsys: pytest.CaptureFixture[str]):
@@ -80,8 +80,43 @@ def test_json_lines(clock: Clock, capsys: pytest.CaptureFixture[str]):
     assert found[0]["message"] == 'two\nlines, "quoted", é [bold]'
     assert found[1] | {"task": "embed: encoding", "total": 1000, "unit": "documents"} == found[1]
     assert found[2] | {"task": "embed: encoding", "done": 500, "total": 1000} == found[2]
-    assert found[3] | {"task": "embed: encoding", "done": 1000, "seconds": 40.0} == found[3]
+    assert found[3] | {"task": "embed: encoding", "done": 1000, "seconds": 80.0} == found[3]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", event["time"]) for event in found)
+
+
+NOTE = "loss 2.31, held-out 2.40, lr 4.1e-05, 1,250 tokens/s, 3.1 GB"
+
+
+@pytest.mark.parametrize("style", ["plain", "json"])
+def test_the_newest_note_is_in_the_lines_and_in_no_more_of_them(style: Any, clock: Clock, capsys: pytest.CaptureFixture[str]):
+    """100 steps, a note each, the last told without one: lines after 31 s, 62 s and 93 s, and the last."""
+    with ConsoleReporter(style).task("distill: training", 100, "steps") as progress:
+        for step in range(1, 101):
+            clock.now += 1
+            progress(1, f"loss {step}" if step < 100 else "")
+    lines = capsys.readouterr().err.splitlines()
+    if style == "json":
+        found = events("\n".join(lines))
+        assert [event.get("note") for event in found] == [None, "loss 31", "loss 62", "loss 93", "loss 99"]
+        lines = [event["message"] for event in found]
+    assert lines == [
+        "distill: training ...",
+        "distill: training: 31 of 100 steps, 1/s, 31 s, 69 s left; loss 31",
+        "distill: training: 62 of 100 steps, 1/s, 62 s, 38 s left; loss 62",
+        "distill: training: 93 of 100 steps, 1/s, 93 s, 7 s left; loss 93",
+        "distill: training: 100 of 100 steps, 1/s, 100 s; loss 99",
+    ]
+
+
+def test_slow_work_has_a_rate(clock: Clock, capsys: pytest.CaptureFixture[str]):
+    with ConsoleReporter("plain").task("distill: training", 3, "steps") as progress:
+        for _ in range(3):
+            clock.now += 40
+            progress(1)
+    assert capsys.readouterr().err.splitlines()[1:3] == [
+        "distill: training: 1 of 3 steps, 0.025/s, 40 s, 80 s left",
+        "distill: training: 2 of 3 steps, 0.025/s, 80 s, 40 s left",
+    ]
 
 
 def test_messages_are_not_markup(capsys: pytest.CaptureFixture[str]):
@@ -97,10 +132,10 @@ def test_where_there_is_no_terminal_it_is_plain(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("embed: encoding ...\n")
 
 
-def _rich(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> ConsoleReporter:
+def _rich(terminal: bool, monkeypatch: pytest.MonkeyPatch, width: int = 120) -> ConsoleReporter:
     monkeypatch.setenv("TERM", "xterm")
     made = Console
-    monkeypatch.setattr(console, "Console", lambda **settings: made(**settings, force_terminal=terminal, width=120))
+    monkeypatch.setattr(console, "Console", lambda **settings: made(**settings, force_terminal=terminal, width=width))
     return ConsoleReporter("rich")
 
 
@@ -119,6 +154,19 @@ def test_rich_draws_a_bar_anywhere(
     assert "meanwhile" in captured.err
     assert "3/3" in captured.err
     assert "model: a[v1][/b].gguf" in captured.err
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_note_is_a_line_of_its_own_below_the_bar(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with _rich(False, monkeypatch, width).task("distill: [training]", 2, "steps") as progress:
+        progress(1, "an older one")
+        progress(1, NOTE)
+    bar, note = capsys.readouterr().err.splitlines()
+    assert "2/2" in bar
+    assert len(bar) <= width
+    assert note.rstrip() == f"  {NOTE}" if width > len(NOTE) + 2 else f"  {NOTE}"[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 @pytest.mark.parametrize("style", ["plain", "json", "rich"])

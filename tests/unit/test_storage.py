@@ -206,3 +206,15 @@ def test_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_storage_imports_no_torch():
     code = "import sys, finescope.storage; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'polars')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("root", ["", "memory://put-jsonl"])
+def test_json_lines_are_whole_and_readable(tmp_path: Path, root: str):
+    uri = storage.join(root or str(tmp_path), "below", "metrics.jsonl")
+    rows = [{"step": 1, "loss": 2.5, "norm": None}, {"step": 2, "loss": float("nan"), "norm": float("inf")}]
+    storage.put_jsonl(uri, rows)
+    lines = storage.read_bytes(uri).decode().splitlines()
+    assert lines == ['{"step": 1, "loss": 2.5, "norm": null}', '{"step": 2, "loss": null, "norm": null}']
+    assert storage.list_names(storage.join(root or str(tmp_path), "below")) == ["metrics.jsonl"]
+    storage.put_jsonl(uri, [])
+    assert storage.read_bytes(uri) == b""
