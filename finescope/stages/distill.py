@@ -14,9 +14,10 @@ from finescope.distillation import loop
 from finescope.distillation.examples import build_examples, to_table
 from finescope.distillation.loop import TrainJob
 from finescope.distillation.rewrite import Rewriter, select_first
+from finescope.distillation.teachers import rewriter_of
 from finescope.errors import StepFailed
 from finescope.manifest import Manifest, TableFile
-from finescope.models.load import ModelReference, load_model, load_tokenizer, reference_of
+from finescope.models.load import ModelReference, load_tokenizer, reference_of
 from finescope.rounds import Round
 from finescope.runners.base import Context, Resources
 from finescope.stages.cards import model_card
@@ -62,9 +63,7 @@ class _Rewrite:
         unit = batch.to_pylist()[0]
         documents = pa.table({name: pa.array(unit[name], type_) for name, type_ in _DOCUMENT.items()})
         if self._rewriter is None:
-            section = self._job.section
-            tokenizer = load_tokenizer(self._job.model)
-            self._rewriter = Rewriter(load_model(self._job.model), tokenizer, section.rewrite_tokens, _REWRITE_BATCH_TOKENS)
+            self._rewriter = rewriter_of(self._job.model, self._job.model, self._job.section, _REWRITE_BATCH_TOKENS)
         table = self._rewriter(documents, _silent)
         name = f"part-{unit['unit']:06d}.parquet"
         size = storage.put_parquet(storage.join(self._job.table_uri, name), table)
