@@ -1,6 +1,6 @@
 import pytest
 
-from finescope.distillation import checks
+from finescope.distillation import answers, checks
 
 ANSWERS = [
     # original, rewrite, contradicts
@@ -15,14 +15,14 @@ ANSWERS = [
     ("The total is 7 apples.", "There are 3 and 4 apples, 7 in all.", False),
     ("The total is 7 apples.", "There are 3 and 4 apples, 8 in all.", True),
     ("The ratio is 1/2.", "Half of it, 0.5", False),
-    ("Nothing to extract here", "Anything at all 5", False),
+    ("Nothing to extract here.", "Anything at all 5", False),
     ("#### x + 1", "#### x+1", False),
 ]
 
 
 @pytest.mark.parametrize(("original", "text", "expected"), ANSWERS)
 def test_final_answers(original: str, text: str, expected: bool) -> None:
-    assert checks.contradicts(original, text) is expected
+    assert answers.contradicts(original, text) is expected
 
 
 @pytest.mark.parametrize(

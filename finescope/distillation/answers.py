@@ -1,0 +1,176 @@
+"""The answer that a response comes to, and whether another text comes to the same one.
+
+Self-data distillation (arXiv 2410.09982, 2402.13669) keeps the original where a rewrite's final answer contradicts it. An answer
+is, in this order: what follows `####` or stands in the last `\\boxed{}`; a choice's letter; what follows "Answer:" or "the answer
+is"; a number at the very end; and a line that is no sentence, which is an answer as it stands.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_CURRENCY = r"[$\u20ac\u00a3]"
+_DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_NUMBER = rf"[-+]?{_CURRENCY}?(?:\d+ \d+/\d+|{_DECIMAL}(?:/\d[\d,]*)?)"
+# Neither part of a name, a date, a time, an index or an exponent; `3-5` is a range.
+_BEFORE = r"(?<![\w.^/:])(?<!\^\{)(?<!_\{)"
+_ANY_NUMBER = re.compile(_BEFORE + _NUMBER + r"(?![/:]\d)")
+# Of the words behind a number, at most two are a unit; those that go on with a sentence are none.
+_UNIT = r"(?:\s*%|\s*(?!(?:in|on|at|by|of|to|and|or|for|from|with|as|is)\b)[a-zA-Z\u00b0\u00b5$][\w/^\u00b2\u00b3-]{0,14}){0,2}"
+_FINAL_NUMBER = re.compile(rf"{_BEFORE}({_NUMBER}\s*%?){_UNIT}[\s.!)\]*_$]*$")
+_ONLY_NUMBER = re.compile(rf"({_NUMBER}\s*%?){_UNIT}[\s.!]*")
+
+_MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
+_STATED = re.compile(
+    r"(?:\banswer\s*\**\s*:|\banswer(?:\s+to\s+[^\n.:]{1,80})?\s+is\b\s*:?)\s*\**\s*(\S[^\n]*?)\**(?=\.(?:\s|$)|\n|$)",
+    re.IGNORECASE,
+)
+# A and I are words too, where one goes on behind them.
+_LETTER = r"\(?([B-HJ]|[AI](?!\s+(?!is\b|because\b|since\b)[a-z]))(?![\w'])\)?"
+_LETTER_STATED = re.compile(
+    rf"\b(?i:answer|correct (?:option|choice))\s*\**\s*(?::|\bis\b)*\s*\**\s*(?i:option\s+|choice\s+)?{_LETTER}"
+    r"|\b(?i:option|choice)\s+\(?([A-J])\)?\s+is\s+(?i:correct|right|the)\b"
+)
+_ONLY_LETTER = re.compile(r"\**\(?([A-J])[).:]?\**\.?|\(?([A-J])[).:]\s[^\n]*")
+_BARE_LETTER = re.compile(r"\(([A-J])\)|\b([B-HJ])\b")
+_VERDICTS = frozenset({"yes", "no", "maybe", "true", "false"})
+_LONGEST_LINE = 100  # characters of a line that may be an answer as it stands
+
+_LATEX = (
+    (re.compile(r"(?<=\d)\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
+    (re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\([%$])"), r"\1"),
+    (re.compile(r"\\[,;:! ]|~"), " "),
+    (re.compile(r"\^\{?\\circ\}?"), " degrees"),
+    (re.compile(r"(?<=[a-zA-Z)])\^\{?\d+\}?"), ""),
+    (re.compile("[\u2212\u2013]"), "-"),
+    (re.compile(r"(?<=\d)[ \u00a0\u202f](?=\d{3}(?:\D|$))"), ""),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a text comes to."""
+
+    text: str
+    values: frozenset[Fraction] = frozenset()  # the number that it is; 50 % is 50 and 1/2; empty where it is none
+    letter: str = ""  # of the choice that it is
+
+
+def final_answer(text: str) -> Answer | None:
+    """The answer that a text comes to; None where none can be told."""
+    text = text.strip()
+    stated = _stated(text)
+    if stated is not None:
+        return stated
+    if letter := _group(_ONLY_LETTER.fullmatch(text)):
+        return Answer(text, letter=letter)
+    last = text.rsplit("\n", 1)[-1]
+    if number := _FINAL_NUMBER.search(_without_latex(last)):
+        return Answer(number.group(), _values(number.group(1)))
+    if last == text and 0 < len(text) <= _LONGEST_LINE and text[-1] not in ".!?":
+        return _read(text)
+    return None
+
+
+def contradicts(original: str, rewrite: str) -> bool:
+    """Whether the original comes to an answer that can be told and the rewrite does not come to the same one.
+
+    Where the rewrite marks or states no answer its last number counts, the last letter that it names, or for other answers that
+    it has them at all; yes, no and their like must be its first or its last word.
+    """
+    answer = final_answer(original)
+    if answer is None:
+        return False
+    stated = _stated(rewrite)
+    if answer.letter:
+        return _letter(rewrite, stated) != answer.letter
+    if answer.values:
+        found = stated.values if stated is not None else frozenset[Fraction]()
+        return not answer.values & (found or _last_number(rewrite))
+    if stated is not None and _plain(stated.text) == _plain(answer.text):
+        return False
+    words = re.findall(r"\w+", rewrite.lower())
+    if answer.text.lower().strip(" .*") in _VERDICTS:
+        return stated is not None or answer.text.lower().strip(" .*") not in words[:1] + words[-1:]
+    return _plain(answer.text) not in _plain(rewrite)
+
+
+def _stated(text: str) -> Answer | None:
+    """The answer that a text marks or names as such."""
+    marked = _MARKED.findall(text)
+    inside = marked[-1] if marked else _boxed(text)
+    if inside is not None:
+        return _read(inside)
+    letters = [_group(match) for match in _LETTER_STATED.finditer(text)]
+    if letters:
+        return Answer(letters[-1], letter=letters[-1])
+    stated = _STATED.findall(text)
+    return _read(stated[-1]) if stated else None
+
+
+def _read(text: str) -> Answer:
+    plain = _without_latex(text).strip().strip("$").strip()
+    letter = re.fullmatch(r"\(?([A-J])\)?\.?", plain)
+    number = _ONLY_NUMBER.fullmatch(plain.rpartition("=")[2].strip())
+    return Answer(text.strip(), _values(number.group(1)) if number else frozenset(), letter.group(1) if letter else "")
+
+
+def _boxed(text: str) -> str | None:
+    begin = text.rfind("\\boxed{")
+    if begin < 0:
+        return None
+    depth, start = 0, begin + len("\\boxed{")
+    for position in range(start - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start:position].strip()
+    return None
+
+
+def _letter(rewrite: str, stated: Answer | None) -> str:
+    if stated is not None and stated.letter:
+        return stated.letter
+    if only := _group(_ONLY_LETTER.fullmatch(rewrite.strip())):
+        return only
+    letters = [_group(match) for match in _BARE_LETTER.finditer(rewrite)]
+    return letters[-1] if letters else ""
+
+
+def _group(match: re.Match[str] | None) -> str:
+    return next((group for group in match.groups() if group), "") if match else ""
+
+
+def _last_number(text: str) -> frozenset[Fraction]:
+    plain = _without_latex(text)
+    numbers = list(_ANY_NUMBER.finditer(plain))
+    if not numbers:
+        return frozenset()
+    percent = "%" if re.match(r"\s*(?:%|percent\b)", plain[numbers[-1].end() :]) else ""
+    return _values(numbers[-1].group() + percent)
+
+
+def _values(number: str) -> frozenset[Fraction]:
+    percent = number.endswith("%")
+    plain = re.sub(rf"{_CURRENCY}|,|%", "", number).strip()
+    whole, _, rest = plain.rpartition(" ")
+    numerator, _, denominator = rest.partition("/")
+    if denominator and not int(denominator):
+        return frozenset()
+    value = Fraction(numerator) / Fraction(denominator or 1)
+    if whole:
+        value = Fraction(whole) + (-value if whole.startswith("-") else value)
+    return frozenset({value, value / 100} if percent else {value})
+
+
+def _without_latex(text: str) -> str:
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"[\s$.]|\\[,;:! ]", "", text)).lower()
