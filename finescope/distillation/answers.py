@@ -22,7 +22,7 @@ _ONLY_NUMBER = re.compile(rf"({_NUMBER}\s*%?){_UNIT}[\s.!]*")
 
 _MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
 _STATED = re.compile(
-    r"(?:\banswer\s*\**\s*:|\banswer(?:\s+to\s+[^\n.:]{1,80})?\s+is\b\s*:?)\s*\**\s*(\S[^\n]*?)\**(?=\.(?:\s|$)|\n|$)",
+    r"(?:\banswer\s*\**\s*:|\banswer(?:\s+to\s+[^\n.:]{1,80})?\s+is\b\s*:?)\s*\**\s*(\S[^\n]*?)\**(?=\.(?:\s|$)|, [a-z]|\n|$)",
     re.IGNORECASE,
 )
 # A and I are words too, where one goes on behind them.

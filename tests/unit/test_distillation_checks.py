@@ -1,41 +1,70 @@
 import pytest
 
-from finescope.distillation import answers, checks
+from finescope.distillation import checks
+from finescope.distillation.checks import rejection
 
-ANSWERS = [
-    # original, rewrite, contradicts
-    ("6 * 7 = 42\n#### 42", "Six sevens are 42.\n#### 42", False),
-    ("#### 42", "#### 41", True),
-    ("#### 1,200", "So she has $1200 in all.\n#### $1200.00", False),
-    ("#### 42", "It is 42", False),
-    ("#### 42", "It is forty-two", True),
-    ("so \\boxed{\\frac{1}{2}}", "hence \\boxed{\\frac{1}{2}}", False),
-    ("so \\boxed{\\frac{1}{2}}", "hence \\boxed{\\frac{1}{3}}", True),
-    ("so \\boxed{\\frac{1}{2}}", "hence $\\frac{1}{2}$ holds", False),
-    ("The total is 7 apples.", "There are 3 and 4 apples, 7 in all.", False),
-    ("The total is 7 apples.", "There are 3 and 4 apples, 8 in all.", True),
-    ("The ratio is 1/2.", "Half of it, 0.5", False),
-    ("Nothing to extract here.", "Anything at all 5", False),
-    ("#### x + 1", "#### x+1", False),
-]
-
-
-@pytest.mark.parametrize(("original", "text", "expected"), ANSWERS)
-def test_final_answers(original: str, text: str, expected: bool) -> None:
-    assert answers.contradicts(original, text) is expected
+ORIGINAL = "Return the sum of the numbers of a list of numbers."
+RUSSIAN = "Верните сумму всех чисел из данного списка чисел."
+DUTCH = "Het is de som van alle getallen die in de lijst staan, en niet van een deel van de lijst die men te zien krijgt."
 
 
 @pytest.mark.parametrize(
-    ("text", "finished", "reason"),
+    ("text", "reason"),
     [
-        ("  ", True, checks.EMPTY),
-        ("The sum of a list of numbers is given back", False, checks.CUT_OFF),
-        ("Sum", True, checks.TOO_SHORT),
-        ("word " * 10 + " ".join(f"w{i}" for i in range(100)), True, checks.TOO_LONG),
-        ("the same four words the same four words the same four words the same four words", True, checks.REPETITION),
-        ("I'm sorry, but I cannot help with this", True, checks.REFUSAL),
-        ("Gives back the sum of all the numbers in the list", True, ""),
+        ("  ", checks.EMPTY),
+        (RUSSIAN, checks.LANGUAGE),
+        ("### Response:\nGives back the sum of the numbers.", checks.ECHO),
+        ("Here it is in my own words: the sum of the numbers.", checks.ECHO),
+        ("The rewritten text gives back the sum.", checks.ECHO),
+        ("I'm sorry, but I cannot help with this", checks.REFUSAL),
+        ("I\u2019m sorry, I don\u2019t understand.", checks.REFUSAL),
+        ("As an AI language model I have no list.", checks.REFUSAL),
+        ("Please provide the list of numbers.", checks.REFUSAL),
+        ("I'd be happy to sum your numbers.", checks.REFUSAL),
+        ("I am unable to sum numbers.", checks.REFUSAL),
+        ("Gives back the sum of the", checks.UNFINISHED),
+        ("Gives back the sum of these numbers,", checks.UNFINISHED),
+        ("Gives back their sum:\n```\nsum(numbers)", checks.UNFINISHED),
+        ("Sum", checks.TOO_SHORT),
+        ("word " * 10 + " ".join(f"w{i}" for i in range(100)), checks.TOO_LONG),
+        ("the same four words the same four words the same four words the same four words", checks.REPETITION),
+        ("sum " + "na" * 30, checks.REPETITION),
+        ("Gives back the sum of all the numbers in the list", ""),
+        ("Gives back the sum, and is sorry for nothing.", ""),
+        ("Adds up what is in the list; please add the list.", ""),
+        ("This is the text for a sum of numbers.", ""),
     ],
 )
-def test_rejections(text: str, finished: bool, reason: str) -> None:
-    assert checks.rejection("Return the sum of the numbers of a list of numbers.", text, finished) == reason
+def test_reasons(text: str, reason: str) -> None:
+    assert rejection(ORIGINAL, text, finished=True) == reason
+
+
+def test_a_budget_that_ran_out_is_a_reason() -> None:
+    assert rejection(ORIGINAL, "The sum of a list of numbers is given back.", finished=False) == checks.CUT_OFF
+
+
+def test_the_answer_comes_before_all_else() -> None:
+    assert rejection("The total is 7.", "I'm sorry, I cannot help. It is 8.", finished=True) == checks.CONTRADICTION
+    code = "def f(x):\n    return x"
+    assert rejection(code, "I'm sorry, I cannot help.", finished=True) == checks.CODE_LOST
+
+
+@pytest.mark.parametrize(
+    ("original", "text"),
+    [
+        ("I'm sorry, but I cannot come.", "I am sorry, but I cannot be there."),
+        ("### Response:\nThe sum.", "### Response:\nA sum."),
+        ("It has values of a kind.\nOf the kind:", "It has some values of a kind.\nOf this kind:"),
+        ("la la la la " * 8 + "and so on.", "la la la la " * 7 + "and so on."),
+        (RUSSIAN, "Сложите все числа, которые есть в списке."),
+        (DUTCH, DUTCH.replace("alle", "al de")),
+    ],
+)
+def test_what_the_original_does_too_is_no_reason(original: str, text: str) -> None:
+    assert rejection(original, text, finished=True) == ""
+
+
+def test_code_is_in_no_language() -> None:
+    code = "\n".join(["import os", *(f"der_{i} = os.path.join('die', 'das', 'und', 'nicht')" for i in range(4))])
+    text = "\n".join(["import os", *(f"the_{i} = os.path.join('the', 'of', 'and', 'that')" for i in range(4))])
+    assert rejection(code, text, finished=True) == ""
