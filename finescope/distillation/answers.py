@@ -96,7 +96,7 @@ def contradicts(original: str, rewrite: str) -> bool:
     words = re.findall(r"\w+", rewrite.lower())
     if answer.text.lower().strip(" .*") in _VERDICTS:
         return stated is not None or answer.text.lower().strip(" .*") not in words[:1] + words[-1:]
-    return _plain(answer.text) not in _plain(rewrite)
+    return not _holds(rewrite, answer.text)
 
 
 def _stated(text: str) -> Answer | None:
@@ -164,6 +164,13 @@ def _values(number: str) -> frozenset[Fraction]:
     if whole:
         value = Fraction(whole) + (-value if whole.startswith("-") else value)
     return frozenset({value, value / 100} if percent else {value})
+
+
+def _holds(text: str, answer: str) -> bool:
+    if re.fullmatch(r"[\w '-]+", answer):
+        words = r"\s+".join(map(re.escape, answer.split()))
+        return re.search(rf"\b{words}\b", text, re.IGNORECASE) is not None
+    return _plain(answer) in _plain(text)
 
 
 def _without_latex(text: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import warnings
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|$)", re.DOTALL)
 # Lines as programs of many languages have them and prose has not.
@@ -38,7 +39,9 @@ def loses_code(original: str, rewrite: str) -> bool:
 def python_names(text: str) -> frozenset[str] | None:
     """The functions and classes that a Python program defines; None where it is none, or no more than an expression."""
     try:
-        tree = ast.parse(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # MemoryError is what the parser calls too deep a nesting
         return None
     lines = len(text.strip().splitlines())

@@ -112,7 +112,7 @@ SAME = [
     ("The answer is A.", "The answer is (A)."),
     ("It helps many.\nAnswer: no", "No, though it helps many."),
     ("It helps many.\nAnswer: no", "It helps many.\nAnswer: no"),
-    ("firm handshake", "It is called a firm handshake."),
+    ("firm handshake", "It is called a Firm\nHandshake."),
     ("tar xzf a.tgz", "`tar xzf a.tgz`"),
 ]
 OTHER = [
@@ -131,6 +131,7 @@ OTHER = [
     ("It helps many.\nAnswer: no", "There is no doubt that it helps many.\nAnswer: yes"),
     ("It helps many.\nAnswer: no", "There is no doubt that it helps many."),
     ("firm handshake", "It is called a hug."),
+    ("gas", "It is called gasoline."),
     ("tar xzf a.tgz", "The command unpacks an archive."),
 ]
 
