@@ -2,7 +2,7 @@
 
 Self-data distillation (arXiv 2410.09982, 2402.13669) keeps the original where a rewrite's final answer contradicts it. An answer
 is, in this order: what follows `####` or stands in the last `\\boxed{}`; a choice's letter; what follows "Answer:" or "the answer
-is"; a number at the very end; and a line that is no sentence, which is an answer as it stands.
+is"; a number at the very end; and a command or a few words that are no sentence, which are an answer as they stand.
 """
 
 import re
@@ -14,11 +14,18 @@ _DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _NUMBER = rf"[-+]?{_CURRENCY}?(?:\d+ \d+/\d+|{_DECIMAL}(?:/\d[\d,]*)?)"
 # Neither part of a name, a date, a time, an index or an exponent; `3-5` is a range.
 _BEFORE = r"(?<![\w.^/:])(?<!\^\{)(?<!_\{)"
-_ANY_NUMBER = re.compile(_BEFORE + _NUMBER + r"(?![/:]\d)")
 # Of the words behind a number, at most two are a unit; those that go on with a sentence are none.
 _UNIT = r"(?:\s*%|\s*(?!(?:in|on|at|by|of|to|and|or|for|from|with|as|is)\b)[a-zA-Z\u00b0\u00b5$][\w/^\u00b2\u00b3-]{0,14}){0,2}"
-_FINAL_NUMBER = re.compile(rf"{_BEFORE}({_NUMBER}\s*%?){_UNIT}[\s.!)\]*_$]*$")
-_ONLY_NUMBER = re.compile(rf"({_NUMBER}\s*%?){_UNIT}[\s.!]*")
+_PERCENT = r"(?:\s*(?:%|percent\b))?"
+_ANY_NUMBER = re.compile(rf"{_BEFORE}{_NUMBER}(?![/:]\d){_PERCENT}")
+_FINAL_NUMBER = re.compile(rf"{_BEFORE}({_NUMBER}{_PERCENT}){_UNIT}[\s.!)*_$]*$")
+_ONLY_NUMBER = re.compile(rf"({_NUMBER}{_PERCENT}){_UNIT}[\s.!]*")
+# Behind it a number is a reference and answers nothing, and so is a year that an event is in.
+_REFERENCE = re.compile(
+    r"\b(?:sections?|sub-?sections?|act|articles?|chapter|clause|rule|schedule|type|page|part|figure|step|no|s)\b[\s.,(]*$",
+    re.IGNORECASE,
+)
+_YEAR, _BEFORE_YEAR = re.compile(r"1[5-9]\d\d|20\d\d"), re.compile(r"(?:\b(?:in|of|since|by|from|until|and|to)|,)\s*$")
 
 _MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
 _STATED = re.compile(
@@ -31,10 +38,13 @@ _LETTER_STATED = re.compile(
     rf"\b(?i:answer|correct (?:option|choice))\s*\**\s*(?::|\bis\b)*\s*\**\s*(?i:option\s+|choice\s+)?{_LETTER}"
     r"|\b(?i:option|choice)\s+\(?([A-J])\)?\s+is\s+(?i:correct|right|the)\b"
 )
-_ONLY_LETTER = re.compile(r"\**\(?([A-J])[).:]?\**\.?|\(?([A-J])[).:]\s[^\n]*")
+_ONLY_LETTER = re.compile(r"\**\(?([A-J])[).:]?\**\.?|\(?([A-J])\)\s[^\n]*")
 _BARE_LETTER = re.compile(r"\(([A-J])\)|\b([B-HJ])\b")
 _VERDICTS = frozenset({"yes", "no", "maybe", "true", "false"})
-_LONGEST_LINE = 100  # characters of a line that may be an answer as it stands
+_SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)*_]*(?:\[\d+\])*$")
+# A line that is none is an answer as it stands where it has few words, or is a command or an expression.
+_FEW_WORDS = 6
+_CODE_SIGN = re.compile(r"[|<>{}\[\];~`]|\w\(|=\S|\s--?\w|/\w|\*\.")
 
 _LATEX = (
     (re.compile(r"(?<=\d)\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
@@ -68,12 +78,14 @@ def final_answer(text: str) -> Answer | None:
         return stated
     if letter := _group(_ONLY_LETTER.fullmatch(text)):
         return Answer(text, letter=letter)
-    last = text.rsplit("\n", 1)[-1]
-    if number := _FINAL_NUMBER.search(_without_latex(last)):
+    last = _without_latex(text.rsplit("\n", 1)[-1])
+    line = "\n" not in text and not _SENTENCE.search(text)
+    if line and _CODE_SIGN.search(last):
+        return Answer(text)
+    number = _FINAL_NUMBER.search(last)
+    if number is not None and not _refers(last[: number.start(1)], number.group(1)):
         return Answer(number.group(), _values(number.group(1)))
-    if last == text and 0 < len(text) <= _LONGEST_LINE and text[-1] not in ".!?":
-        return _read(text)
-    return None
+    return Answer(text) if line and len(text.split()) <= _FEW_WORDS else None
 
 
 def contradicts(original: str, rewrite: str) -> bool:
@@ -140,6 +152,11 @@ def _letter(rewrite: str, stated: Answer | None) -> str:
     return letters[-1] if letters else ""
 
 
+def _refers(before: str, number: str) -> bool:
+    year = _YEAR.fullmatch(number) is not None and _BEFORE_YEAR.search(before) is not None
+    return year or _REFERENCE.search(before) is not None
+
+
 def _group(match: re.Match[str] | None) -> str:
     return next((group for group in match.groups() if group), "") if match else ""
 
@@ -149,13 +166,12 @@ def _last_number(text: str) -> frozenset[Fraction]:
     numbers = list(_ANY_NUMBER.finditer(plain))
     if not numbers:
         return frozenset()
-    percent = "%" if re.match(r"\s*(?:%|percent\b)", plain[numbers[-1].end() :]) else ""
-    return _values(numbers[-1].group() + percent)
+    return _values(numbers[-1].group())
 
 
 def _values(number: str) -> frozenset[Fraction]:
-    percent = number.endswith("%")
-    plain = re.sub(rf"{_CURRENCY}|,|%", "", number).strip()
+    percent = number.endswith(("%", "percent"))
+    plain = re.sub(rf"{_CURRENCY}|,|%|percent", "", number).strip()
     whole, _, rest = plain.rpartition(" ")
     numerator, _, denominator = rest.partition("/")
     if denominator and not int(denominator):

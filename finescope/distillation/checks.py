@@ -57,10 +57,11 @@ def rejection(original: str, rewrite: str, finished: bool) -> str:
         return CUT_OFF
     if loses_code(original, rewrite):
         return CODE_LOST
-    if contradicts(original, rewrite):
-        return CONTRADICTION
-    if not _is_code(original) and other_language(original, rewrite):
-        return LANGUAGE
+    if not _is_code(original):
+        if contradicts(original, rewrite):
+            return CONTRADICTION
+        if other_language(original, rewrite):
+            return LANGUAGE
     for pattern, reason in ((_ECHO, ECHO), (_REFUSAL, REFUSAL)):
         if pattern.search(rewrite) and not pattern.search(original):
             return reason

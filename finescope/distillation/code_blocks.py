@@ -14,6 +14,8 @@ _CODE_LINE = re.compile(
 _STATEMENTS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.For, ast.While, ast.If)
 _STATEMENTS += (ast.With, ast.Try)
 
+_LATEX = re.compile(r"\\(?:boxed|begin|frac|dfrac|sqrt|text|left|cdot|times)\b")
+
 
 def loses_code(original: str, rewrite: str) -> bool:
     """Whether the original has code, fenced or all of it, and the rewrite has none that would do in its place.
@@ -52,7 +54,9 @@ def python_names(text: str) -> frozenset[str] | None:
 
 
 def looks_like_code(text: str) -> bool:
-    """Whether at least half of the lines, and two of them, are such as programs have."""
+    """Whether at least half of the lines, and two of them, are such as programs have; LaTeX ends its lines alike and is none."""
+    if _LATEX.search(text):
+        return False
     lines = [line for line in text.splitlines() if line.strip()]
     code = sum(_CODE_LINE.search(line) is not None for line in lines)
     return code >= 2 and 2 * code >= len(lines)

@@ -26,6 +26,9 @@ VALUES = [
     ("Therefore the answer is **14**.", 14),
     ("**Answer:** 14 dollars", 14),
     ("The angle is $30^\\circ$.", 30),
+    ("Renewal Term: successive 5 years", 5),
+    ("It is 1995.", 1995),
+    ("It won by a vote of 7 to 0.", 0),
 ]
 
 
@@ -37,7 +40,7 @@ def test_a_number_is_read(text: str, value: int | Fraction) -> None:
 
 
 def test_a_percentage_is_a_share_too() -> None:
-    for text in ("The margin is 40%.", "#### 40 %", "So \\boxed{40\\%}."):
+    for text in ("The margin is 40%.", "It is 40 percent.", "#### 40 %", "So \\boxed{40\\%}."):
         answer = final_answer(text)
         assert answer is not None
         assert answer.values == {40, Fraction(2, 5)}
@@ -49,6 +52,11 @@ def test_a_percentage_is_a_share_too() -> None:
         "Nothing to extract here.",
         "The act came into force in 1995 in all of India.",
         "See section 3.2.1.",
+        "It is dealt with in section 41.",
+        "Repealed by the Shipping Act, 1921 (7 of 1921), S. 12.",
+        "It was first seen in 1995.",
+        "There are type 1 and type 2.",
+        "So they say.[31]",
         "It was signed on 4/25/2019.",
         "The meeting is at 10:30.",
         "Use f(3) for it, or x_{12}.",
@@ -83,7 +91,9 @@ def test_a_letter_is_read(text: str, letter: str) -> None:
     assert answer.letter == letter
 
 
-@pytest.mark.parametrize("text", ["The answer is a matter of taste.", "I think so.", "A cat sat on it.", "Vitamin B is needed."])
+@pytest.mark.parametrize(
+    "text", ["The answer is a matter of taste.", "I think so.", "A cat sat on it.", "Vitamin B is needed.", "A. B. Writer"]
+)
 def test_no_letter_is_read_where_none_is_the_answer(text: str) -> None:
     answer = final_answer(text)
     assert answer is None or not answer.letter
@@ -114,6 +124,9 @@ SAME = [
     ("It helps many.\nAnswer: no", "It helps many.\nAnswer: no"),
     ("firm handshake", "It is called a Firm\nHandshake."),
     ("tar xzf a.tgz", "`tar xzf a.tgz`"),
+    ("find . -perm 0600", "Use `find . -perm 0600`."),
+    ("Those who smoke for years have the highest risk of it", "The risk is highest for smokers."),
+    ("It won by a vote of 7 to 0.", "By 7 to 0 it won."),
 ]
 OTHER = [
     ("#### 42", "#### 41"),
@@ -132,6 +145,10 @@ OTHER = [
     ("It helps many.\nAnswer: no", "There is no doubt that it helps many."),
     ("firm handshake", "It is called a hug."),
     ("gas", "It is called gasoline."),
+    ("find . -perm 0600", "It looks for files with permission 0600"),
+    ("squares = [n * n for n in range(10)]", "The squares of the numbers below 10"),
+    ("3,034; 284 thousand", "It was 3,043 and then 284 thousand"),
+    ("Due Date: 4/25/2019", "The due date is 5/24/2019"),
     ("tar xzf a.tgz", "The command unpacks an archive."),
 ]
 

@@ -64,6 +64,11 @@ def test_what_the_original_does_too_is_no_reason(original: str, text: str) -> No
     assert rejection(original, text, finished=True) == ""
 
 
+def test_the_last_number_of_code_is_no_answer() -> None:
+    code = "def f(x):\n    return x\nprint(f(1))  # 20"
+    assert rejection(code, code.replace("20", "twenty"), finished=True) == ""
+
+
 def test_code_is_in_no_language() -> None:
     code = "\n".join(["import os", *(f"der_{i} = os.path.join('die', 'das', 'und', 'nicht')" for i in range(4))])
     text = "\n".join(["import os", *(f"the_{i} = os.path.join('the', 'of', 'and', 'that')" for i in range(4))])

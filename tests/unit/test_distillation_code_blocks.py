@@ -27,6 +27,7 @@ def test_python_is_told_from_what_merely_parses() -> None:
         (C, f"A program:\n```c\n{C}\n```"),
         ("Plain prose has no code in it.", "There is no code in this."),
         ("x = 5", "x is 5"),
+        ("\\begin{align*}\nx &= 1;\\\\\ny &= \\boxed{2}\n\\end{align*}", "x is 1 and y is 2"),
     ],
 )
 def test_code_that_is_kept(original: str, rewrite: str) -> None:
