@@ -57,7 +57,7 @@ _LATEX = (
     (re.compile(r"\^\{?\\circ\}?"), " degrees"),
     (re.compile(r"(?<=[a-zA-Z)])\^\{?\d+\}?"), ""),
     (re.compile("[\u2212\u2013]"), "-"),
-    (re.compile(r"(?<=\d)[ \u00a0\u202f](?=\d{3}(?:\D|$))"), ""),
+    (re.compile(r"(?<![\d.,])(\d{1,3})[ \u00a0\u202f](?=\d{3}(?:\D|$))"), r"\1"),
 )
 
 

@@ -9,6 +9,8 @@ VALUES = [
     ("#### 1,200", 1200),
     ("In all \\boxed{1{,}200} ways.", 1200),
     ("It weighs 1\u202f200 g", 1200),
+    ("It weighs 1 200 000 g.", 1_200_000),
+    ("In 2019 300 came, of 2019 400", 400),
     ("so \\boxed{\\frac{1}{2}}", Fraction(1, 2)),
     ("so $x = \\boxed{-\\dfrac{3}{4}}$.", Fraction(-3, 4)),
     ("so $y=\\frac12$.", Fraction(1, 2)),
