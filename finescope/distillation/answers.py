@@ -9,17 +9,12 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_CURRENCY = r"[$\u20ac\u00a3]"
-_DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_NUMBER = rf"[-+]?{_CURRENCY}?(?:\d+ \d+/\d+|{_DECIMAL}(?:/\d[\d,]*)?)"
-# Neither part of a name, a date, a time, an index or an exponent; `3-5` is a range.
-_BEFORE = r"(?<![\w.^/:])(?<!\^\{)(?<!_\{)"
+from finescope.distillation.numbers import BEFORE, NUMBER, PERCENT, all_numbers, values_of, without_latex
+
 # Of the words behind a number, at most two are a unit; those that go on with a sentence are none.
-_UNIT = r"(?:\s*%|\s*(?!(?:in|on|at|by|of|to|and|or|for|from|with|as|is)\b)[a-zA-Z\u00b0\u00b5$][\w/^\u00b2\u00b3-]{0,14}){0,2}"
-_PERCENT = r"(?:\s*(?:%|percent\b))?"
-_ANY_NUMBER = re.compile(rf"{_BEFORE}{_NUMBER}(?![/:]\d){_PERCENT}")
-_FINAL_NUMBER = re.compile(rf"{_BEFORE}({_NUMBER}{_PERCENT}){_UNIT}[\s.!)*_$]*$")
-_ONLY_NUMBER = re.compile(rf"({_NUMBER}{_PERCENT}){_UNIT}[\s.!]*")
+_UNIT = r"(?:\s*%|\s*(?!(?:in|on|at|by|of|to|and|or|for|from|with|as|is|the|an?|its|their)\b)[a-zA-Z\u00b0\u00b5$][\w/^\u00b2\u00b3-]{0,14}){0,2}"
+_FINAL_NUMBER = re.compile(rf"{BEFORE}({NUMBER}{PERCENT}){_UNIT}[\s.!)*_$]*$")
+_ONLY_NUMBER = re.compile(rf"({NUMBER}{PERCENT}){_UNIT}[\s.!]*")
 # Behind it a number is a reference and answers nothing, and so is a year that an event is in.
 _REFERENCE = re.compile(
     r"\b(?:sections?|sub-?sections?|act|articles?|chapter|clause|rule|schedule|type|page|part|figure|step|no|s)\b[\s.,(]*$",
@@ -46,20 +41,6 @@ _SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)*_]*(?:\[\d+\])*$")
 _FEW_WORDS = 6
 _CODE_SIGN = re.compile(r"[|<>{}\[\];~`]|\w\(|=\S|\s--?\w|/\w|\*\.")
 
-_LATEX = (
-    (re.compile(r"(?<=\d)\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
-    (re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r"\1/\2"),
-    (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([%$])"), r"\1"),
-    (re.compile(r"\\[,;:! ]|~"), " "),
-    (re.compile(r"\^\{?\\circ\}?"), " degrees"),
-    (re.compile(r"(?<=[a-zA-Z)])\^\{?\d+\}?"), ""),
-    (re.compile("[\u2212\u2013]"), "-"),
-    (re.compile(r"(?<![\d.,])(\d{1,3})[ \u00a0\u202f](?=\d{3}(?:\D|$))"), r"\1"),
-)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -78,13 +59,13 @@ def final_answer(text: str) -> Answer | None:
         return stated
     if letter := _group(_ONLY_LETTER.fullmatch(text)):
         return Answer(text, letter=letter)
-    last = _without_latex(text.rsplit("\n", 1)[-1])
+    last = without_latex(text.rsplit("\n", 1)[-1])
     line = "\n" not in text and not _SENTENCE.search(text)
     if line and _CODE_SIGN.search(last):
         return Answer(text)
     number = _FINAL_NUMBER.search(last)
     if number is not None and not _refers(last[: number.start(1)], number.group(1)):
-        return Answer(number.group(), _values(number.group(1)))
+        return Answer(number.group(), values_of(number.group(1)))
     return Answer(text) if line and len(text.split()) <= _FEW_WORDS else None
 
 
@@ -101,8 +82,8 @@ def contradicts(original: str, rewrite: str) -> bool:
     if answer.letter:
         return _letter(rewrite, stated) != answer.letter
     if answer.values:
-        found = stated.values if stated is not None else frozenset[Fraction]()
-        return not answer.values & (found or _last_number(rewrite))
+        numbers = [stated.values] if stated is not None and stated.values else all_numbers(rewrite)
+        return not numbers or not answer.values & numbers[-1]
     if stated is not None and _plain(stated.text) == _plain(answer.text):
         return False
     words = re.findall(r"\w+", rewrite.lower())
@@ -125,10 +106,10 @@ def _stated(text: str) -> Answer | None:
 
 
 def _read(text: str) -> Answer:
-    plain = _without_latex(text).strip().strip("$").strip()
+    plain = without_latex(text).strip().strip("$").strip()
     letter = re.fullmatch(r"\(?([A-J])\)?\.?", plain)
     number = _ONLY_NUMBER.fullmatch(plain.rpartition("=")[2].strip())
-    return Answer(text.strip(), _values(number.group(1)) if number else frozenset(), letter.group(1) if letter else "")
+    return Answer(text.strip(), values_of(number.group(1)) if number else frozenset(), letter.group(1) if letter else "")
 
 
 def _boxed(text: str) -> str | None:
@@ -161,38 +142,11 @@ def _group(match: re.Match[str] | None) -> str:
     return next((group for group in match.groups() if group), "") if match else ""
 
 
-def _last_number(text: str) -> frozenset[Fraction]:
-    plain = _without_latex(text)
-    numbers = list(_ANY_NUMBER.finditer(plain))
-    if not numbers:
-        return frozenset()
-    return _values(numbers[-1].group())
-
-
-def _values(number: str) -> frozenset[Fraction]:
-    percent = number.endswith(("%", "percent"))
-    plain = re.sub(rf"{_CURRENCY}|,|%|percent", "", number).strip()
-    whole, _, rest = plain.rpartition(" ")
-    numerator, _, denominator = rest.partition("/")
-    if denominator and not int(denominator):
-        return frozenset()
-    value = Fraction(numerator) / Fraction(denominator or 1)
-    if whole:
-        value = Fraction(whole) + (-value if whole.startswith("-") else value)
-    return frozenset({value, value / 100} if percent else {value})
-
-
 def _holds(text: str, answer: str) -> bool:
     if re.fullmatch(r"[\w '-]+", answer):
         words = r"\s+".join(map(re.escape, answer.split()))
         return re.search(rf"\b{words}\b", text, re.IGNORECASE) is not None
     return _plain(answer) in _plain(text)
-
-
-def _without_latex(text: str) -> str:
-    for pattern, plain in _LATEX:
-        text = pattern.sub(plain, text)
-    return text
 
 
 def _plain(text: str) -> str:

@@ -3,15 +3,18 @@
 import re
 from collections import Counter
 
-from finescope.distillation.answers import contradicts
+from finescope.distillation.answers import contradicts, final_answer
 from finescope.distillation.code_blocks import looks_like_code, loses_code, python_names
 from finescope.distillation.language import other_language
+from finescope.distillation.numbers import loses_numbers, miscalculates
 
 # The reasons, in the order in which they are looked for. A rewrite that passes has the reason "".
 EMPTY = "empty"
 CUT_OFF = "cut off before its end"
 CODE_LOST = "code is missing or does not parse"
 CONTRADICTION = "final answer differs"
+MISCALCULATION = "an equation in it is false"
+NUMBER_LOST = "a number is missing"
 LANGUAGE = "another language"
 ECHO = "repeats the instruction"
 REFUSAL = "refusal"
@@ -20,7 +23,7 @@ TOO_SHORT = "too short"
 TOO_LONG = "too long"
 REPETITION = "degenerate repetition"
 
-_LEAST_SHARE, _MOST_SHARE = 0.2, 2.5  # characters of a rewrite over those of the original
+_LEAST_SHARE, _MOST_SHARE = 0.5, 2.5  # characters of a rewrite over those of the original
 _SPARE_CHARACTERS = 100  # a one-line original may grow by so much all the same
 _I = r"i(?:['\u2019]m| am)"
 _REFUSAL = re.compile(
@@ -57,11 +60,8 @@ def rejection(original: str, rewrite: str, finished: bool) -> str:
         return CUT_OFF
     if loses_code(original, rewrite):
         return CODE_LOST
-    if not _is_code(original):
-        if contradicts(original, rewrite):
-            return CONTRADICTION
-        if other_language(original, rewrite):
-            return LANGUAGE
+    if not _is_code(original) and (reason := _differs(original, rewrite)):
+        return reason
     for pattern, reason in ((_ECHO, ECHO), (_REFUSAL, REFUSAL)):
         if pattern.search(rewrite) and not pattern.search(original):
             return reason
@@ -74,9 +74,20 @@ def rejection(original: str, rewrite: str, finished: bool) -> str:
     return REPETITION if _repeats(original, rewrite) else ""
 
 
+def _differs(original: str, rewrite: str) -> str:
+    # What prose says otherwise. Who comes to the same answer may do so by other numbers.
+    if contradicts(original, rewrite):
+        return CONTRADICTION
+    if miscalculates(rewrite) and not miscalculates(original):
+        return MISCALCULATION
+    if final_answer(original) is None and loses_numbers(original, rewrite):
+        return NUMBER_LOST
+    return LANGUAGE if other_language(original, rewrite) else ""
+
+
 def _ends_open(text: str) -> bool:
-    # Within a fence or a sentence.
-    return text.count("```") % 2 == 1 or _OPEN.search(text.strip()) is not None
+    # Within a fence, a brace or a sentence.
+    return text.count("```") % 2 == 1 or text.count("{") > text.count("}") or _OPEN.search(text.strip()) is not None
 
 
 def _is_code(text: str) -> bool:

@@ -20,8 +20,8 @@ _LATEX = re.compile(r"\\(?:boxed|begin|frac|dfrac|sqrt|text|left|cdot|times)\b")
 def loses_code(original: str, rewrite: str) -> bool:
     """Whether the original has code, fenced or all of it, and the rewrite has none that would do in its place.
 
-    Python must parse and define the names that the original defines; JSON must parse to the same kind of thing; of another
-    language it must look like code.
+    Python must parse and have the names that the original defines and imports; JSON must parse to the same kind of thing; of
+    another language it must look like code.
     """
     have = _blocks(rewrite)
     for block in _blocks(original):
@@ -39,7 +39,7 @@ def loses_code(original: str, rewrite: str) -> bool:
 
 
 def python_names(text: str) -> frozenset[str] | None:
-    """The functions and classes that a Python program defines; None where it is none, or no more than an expression."""
+    """The names that a Python program defines and imports; None where it is none, or no more than an expression."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that Python does not know
@@ -50,7 +50,10 @@ def python_names(text: str) -> frozenset[str] | None:
     assigned = any(isinstance(node, ast.Assign | ast.AugAssign | ast.Call) for node in ast.walk(tree))
     if not any(isinstance(node, _STATEMENTS) for node in tree.body) and not (lines > 1 and assigned):
         return None
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = [alias.asname or alias.name for node in imports for alias in node.names]
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    return frozenset(imported + defined)
 
 
 def looks_like_code(text: str) -> bool:

@@ -50,6 +50,25 @@ def test_the_answer_comes_before_all_else() -> None:
 
 
 @pytest.mark.parametrize(
+    ("original", "text", "reason"),
+    [
+        # The answer is the same and the way to it is not.
+        (
+            "She has 3 * 4 = 12 hens, and 15 - 12 = 3 left.\n#### 3",
+            "15 birds less 3 * 4 = 14 is 3.\n#### 3",
+            checks.MISCALCULATION,
+        ),
+        ("She has 3 * 4 = 12 hens, and 15 - 12 = 3 left.\n#### 3", "15 birds less 3 * 4 = 12 is 3.\n#### 3", ""),
+        ("Some 65 % have the one gene, and 5 % the other.", "Some 65 % have the one gene, the rest others.", checks.NUMBER_LOST),
+        ("Some 65 % have the one gene, and 5 % the other.", "5 % have the other gene, and 65 percent the one.", ""),
+        ("We have $\\frac{1}{2} + \\frac{1}{2} = \\boxed{1}$.", "Two halves make $\\boxed{\\frac{2}{2}$", checks.UNFINISHED),
+    ],
+)
+def test_what_is_said_of_numbers(original: str, text: str, reason: str) -> None:
+    assert rejection(original, text, finished=True) == reason
+
+
+@pytest.mark.parametrize(
     ("original", "text"),
     [
         ("I'm sorry, but I cannot come.", "I am sorry, but I cannot be there."),

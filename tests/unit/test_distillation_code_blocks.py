@@ -9,7 +9,7 @@ C = '#include <stdio.h>\nint main() {\n    puts("hi");\n    return 0;\n}'
 
 def test_python_is_told_from_what_merely_parses() -> None:
     assert python_names(ADD) == {"add"}
-    assert python_names("import os\nprint(os.name)") == frozenset()
+    assert python_names("import os\nfrom re import sub as s\nprint(os.name)") == {"os", "s"}
     assert python_names("x = 1\nprint(x)") == frozenset()
     for text in ("word", "x = 5", "a, b", "not applicable", "Return the sum.", "def add(a, b)", "one\ntwo"):
         assert python_names(text) is None
@@ -39,7 +39,9 @@ def test_code_that_is_kept(original: str, rewrite: str) -> None:
     [
         (ADD, "A function that adds two numbers."),
         (ADD, "def add(a, b)\n    return a + b"),  # no colon
+        (f"import math\n{ADD}", ADD),
         (ADD, "def plus(a, b):\n    return a + b"),  # what calls it would fail
+        (ADD, f"{ADD}\n```\n"),  # a fence that was never opened
         (FENCED, "Use the function add, which adds."),
         ('{"a": 1}', '{"a": 1'),
         ('{"a": 1}', "[1]"),
