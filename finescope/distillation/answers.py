@@ -12,7 +12,8 @@ from fractions import Fraction
 from finescope.distillation.numbers import BEFORE, NUMBER, PERCENT, all_numbers, values_of, without_latex
 
 # Of the words behind a number, at most two are a unit; those that go on with a sentence are none.
-_UNIT = r"(?:\s*%|\s*(?!(?:in|on|at|by|of|to|and|or|for|from|with|as|is|the|an?|its|their)\b)[a-zA-Z\u00b0\u00b5$][\w/^\u00b2\u00b3-]{0,14}){0,2}"
+_NO_UNIT = r"(?!(?:in|on|at|by|of|to|and|or|for|from|with|as|is|the|an?|its|their)\b)"
+_UNIT = rf"(?:\s*%|\s*{_NO_UNIT}[a-zA-Z\u00b0\u00b5$][\w/^\u00b2\u00b3-]{{0,14}}){{0,2}}"
 _FINAL_NUMBER = re.compile(rf"{BEFORE}({NUMBER}{PERCENT}){_UNIT}[\s.!)*_$]*$")
 _ONLY_NUMBER = re.compile(rf"({NUMBER}{PERCENT}){_UNIT}[\s.!]*")
 # Behind it a number is a reference and answers nothing, and so is a year that an event is in.

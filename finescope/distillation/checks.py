@@ -15,6 +15,7 @@ CODE_LOST = "code is missing or does not parse"
 CONTRADICTION = "final answer differs"
 MISCALCULATION = "an equation in it is false"
 NUMBER_LOST = "a number is missing"
+NAMES_LOST = "most names are missing"
 LANGUAGE = "another language"
 ECHO = "repeats the instruction"
 REFUSAL = "refusal"
@@ -43,6 +44,8 @@ _ECHO = re.compile(
     r"|keep (?:its meaning|every (?:fact|step|number))",
     re.IGNORECASE,
 )
+# A capital where no sentence begins.
+_NAME = re.compile(r"(?<=[\w,;] )[A-Z][\w-]+")
 _LOOP = re.compile(r"(.{1,40}?)\1{11,}", re.DOTALL)
 # What no sentence ends with.
 _OPEN = re.compile(
@@ -80,9 +83,17 @@ def _differs(original: str, rewrite: str) -> str:
         return CONTRADICTION
     if miscalculates(rewrite) and not miscalculates(original):
         return MISCALCULATION
-    if final_answer(original) is None and loses_numbers(original, rewrite):
-        return NUMBER_LOST
+    if final_answer(original) is None:
+        if loses_numbers(original, rewrite):
+            return NUMBER_LOST
+        if _loses_names(original, rewrite):
+            return NAMES_LOST
     return LANGUAGE if other_language(original, rewrite) else ""
+
+
+def _loses_names(original: str, rewrite: str) -> bool:
+    names = {name.lower() for name in _NAME.findall(original)}
+    return 2 * sum(name in rewrite.lower() for name in names) < len(names)
 
 
 def _ends_open(text: str) -> bool:

@@ -61,6 +61,12 @@ def test_the_answer_comes_before_all_else() -> None:
         ("She has 3 * 4 = 12 hens, and 15 - 12 = 3 left.\n#### 3", "15 birds less 3 * 4 = 12 is 3.\n#### 3", ""),
         ("Some 65 % have the one gene, and 5 % the other.", "Some 65 % have the one gene, the rest others.", checks.NUMBER_LOST),
         ("Some 65 % have the one gene, and 5 % the other.", "5 % have the other gene, and 65 percent the one.", ""),
+        (
+            "It may be that you have Redpox or Blue Fever.",
+            "It may be that you are ill, or have something else.",
+            checks.NAMES_LOST,
+        ),
+        ("It may be that you have Redpox or Blue Fever.", "You may have redpox, or else the blue fever.", ""),
         ("We have $\\frac{1}{2} + \\frac{1}{2} = \\boxed{1}$.", "Two halves make $\\boxed{\\frac{2}{2}$", checks.UNFINISHED),
     ],
 )
