@@ -2,33 +2,34 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from finescope.distillation.answers import contradicts, final_answer
 from finescope.distillation.code_blocks import looks_like_code, loses_code, python_names
 from finescope.distillation.language import other_language
 from finescope.distillation.numbers import loses_numbers, miscalculates
 
-# The reasons, in the order in which they are looked for. A rewrite that passes has the reason "".
+# The reasons. A rewrite that passes has the reason "".
 EMPTY = "empty"
 CUT_OFF = "cut off before its end"
 CODE_LOST = "code is missing or does not parse"
 CONTRADICTION = "final answer differs"
 MISCALCULATION = "an equation in it is false"
-NUMBER_LOST = "a number is missing"
-NAMES_LOST = "most names are missing"
 LANGUAGE = "another language"
 ECHO = "repeats the instruction"
 REFUSAL = "refusal"
 UNFINISHED = "ends within a sentence"
+NUMBER_LOST = "a number is missing"
+NAMES_LOST = "most names are missing"
 TOO_SHORT = "too short"
 TOO_LONG = "too long"
 REPETITION = "degenerate repetition"
 
 _LEAST_SHARE, _MOST_SHARE = 0.5, 2.5  # characters of a rewrite over those of the original
 _SPARE_CHARACTERS = 100  # a one-line original may grow by so much all the same
-_I = r"i(?:['\u2019]m| am)"
 _REFUSAL = re.compile(
-    r"\bi(?:['\u2019]m| am) (?:(?:very |so |really )?sorry,? (?:but|i\b|as\b)|unable to|not able to|here to)"
+    r"\bi(?:['\u2019]m| am) (?:(?:\w+ )?sorry(?: \w+){0,4},? (?:but|i\b|as\b)|unable to|not able to|here to)"
     r"|\bi apologi[sz]e\b|\bi must decline|\bi (?:won['\u2019]t|will not)\b|\bi(?:['\u2019]d| would) be (?:happy|glad) to"
     r"|\b(?:i|we) can(?:no|['\u2019])t (?:\w+ )?"
     r"(?:help|assist|provide|rewrite|do|answer|comply|fulfil|complete|generate|write|give)"
@@ -61,48 +62,49 @@ def rejection(original: str, rewrite: str, finished: bool) -> str:
         return EMPTY
     if not finished:
         return CUT_OFF
-    if loses_code(original, rewrite):
-        return CODE_LOST
-    if not _is_code(original) and (reason := _differs(original, rewrite)):
-        return reason
-    for pattern, reason in ((_ECHO, ECHO), (_REFUSAL, REFUSAL)):
-        if pattern.search(rewrite) and not pattern.search(original):
-            return reason
-    if _ends_open(rewrite) and not _ends_open(original):
-        return UNFINISHED
-    if len(rewrite) < _LEAST_SHARE * len(original):
-        return TOO_SHORT
-    if len(rewrite) > _MOST_SHARE * len(original) + _SPARE_CHARACTERS:
-        return TOO_LONG
-    return REPETITION if _repeats(original, rewrite) else ""
-
-
-def _differs(original: str, rewrite: str) -> str:
-    # What prose says otherwise. Who comes to the same answer may do so by other numbers.
-    if contradicts(original, rewrite):
-        return CONTRADICTION
-    if miscalculates(rewrite) and not miscalculates(original):
-        return MISCALCULATION
-    if final_answer(original) is None:
-        if loses_numbers(original, rewrite):
-            return NUMBER_LOST
-        if _loses_names(original, rewrite):
-            return NAMES_LOST
-    return LANGUAGE if other_language(original, rewrite) else ""
-
-
-def _loses_names(original: str, rewrite: str) -> bool:
-    names = {name.lower() for name in _NAME.findall(original)}
-    return 2 * sum(name in rewrite.lower() for name in names) < len(names)
-
-
-def _ends_open(text: str) -> bool:
-    # Within a fence, a brace or a sentence.
-    return text.count("```") % 2 == 1 or text.count("{") > text.count("}") or _OPEN.search(text.strip()) is not None
+    code = _is_code(original)
+    failed = (check.reason for check in _CHECKS if not (code and check.of_prose) and check.fails(original, rewrite))
+    return next(failed, "")
 
 
 def _is_code(text: str) -> bool:
     return python_names(text) is not None or looks_like_code(text)
+
+
+def _miscalculates(original: str, rewrite: str) -> bool:
+    return miscalculates(rewrite) and not miscalculates(original)
+
+
+def _only_rewrite(pattern: re.Pattern[str]) -> Callable[[str, str], bool]:
+    return lambda original, rewrite: pattern.search(rewrite) is not None and pattern.search(original) is None
+
+
+def _ends_open(original: str, rewrite: str) -> bool:
+    return _open(rewrite) and not _open(original)
+
+
+def _open(text: str) -> bool:
+    # Within a fence, a brace or a sentence.
+    return text.count("```") % 2 == 1 or text.count("{") > text.count("}") or _OPEN.search(text.strip()) is not None
+
+
+def _loses_numbers(original: str, rewrite: str) -> bool:
+    # Who comes to the same answer may do so by other numbers.
+    return final_answer(original) is None and loses_numbers(original, rewrite)
+
+
+def _loses_names(original: str, rewrite: str) -> bool:
+    names = {name.lower() for name in _NAME.findall(original)}
+    kept = sum(name in rewrite.lower() for name in names)
+    return final_answer(original) is None and 2 * kept < len(names)
+
+
+def _too_short(original: str, rewrite: str) -> bool:
+    return len(rewrite) < _LEAST_SHARE * len(original)
+
+
+def _too_long(original: str, rewrite: str) -> bool:
+    return len(rewrite) > _MOST_SHARE * len(original) + _SPARE_CHARACTERS
 
 
 def _repeats(original: str, rewrite: str) -> bool:
@@ -117,3 +119,27 @@ def _repeated_share(text: str) -> float:
     runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     total = sum(runs.values())
     return 1.0 - len(runs) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class _Check:
+    reason: str
+    fails: Callable[[str, str], bool]  # (original, rewrite)
+    of_prose: bool = False  # it means nothing of an original that is code
+
+
+# The first that fails gives the reason.
+_CHECKS = (
+    _Check(CODE_LOST, loses_code),
+    _Check(CONTRADICTION, contradicts, of_prose=True),
+    _Check(MISCALCULATION, _miscalculates, of_prose=True),
+    _Check(LANGUAGE, other_language, of_prose=True),
+    _Check(ECHO, _only_rewrite(_ECHO)),
+    _Check(REFUSAL, _only_rewrite(_REFUSAL)),
+    _Check(UNFINISHED, _ends_open),
+    _Check(NUMBER_LOST, _loses_numbers, of_prose=True),
+    _Check(NAMES_LOST, _loses_names, of_prose=True),
+    _Check(TOO_SHORT, _too_short),
+    _Check(TOO_LONG, _too_long),
+    _Check(REPETITION, _repeats),
+)

@@ -74,6 +74,34 @@ def test_what_is_said_of_numbers(original: str, text: str, reason: str) -> None:
     assert rejection(original, text, finished=True) == reason
 
 
+SHELL = '#!/bin/sh\n\nfor name in *.log\ndo\n    gzip "$name"\ndone'
+STEPS = "A pen costs 2 * $3 = $6.\nTwo pens cost 2 * $6 = $12.\nSo $20 - $12 = $8 is left.\n#### 8"
+REMEDY = "Rest is what helps most. For 3 days drink a lot, and call a doctor where it has not gone then."
+
+
+@pytest.mark.parametrize(
+    ("original", "text", "reason"),
+    [
+        (SHELL, f"{SHELL}\n```", checks.UNFINISHED),
+        (SHELL, f"```sh\n{SHELL}\n```", ""),
+        (SHELL, f"### Instruction:\nPack the logs.\n\n### Reference response:\n{SHELL}", checks.ECHO),
+        ("ls -l | wc -l", "### Reference response:\nls -l | wc -l", checks.ECHO),
+        ("ls -l | wc -l", "This shell command counts the files of a directory.", checks.CONTRADICTION),
+        ("It does not help.\nAnswer: no", "It does not help.", checks.CONTRADICTION),
+        (STEPS, "The answer is 8.", checks.TOO_SHORT),
+        (STEPS, STEPS.replace("2 * $6 = $12", "2 * $6 = $8"), checks.MISCALCULATION),
+        (STEPS, STEPS.replace("A pen costs", "One pen is"), ""),
+        (REMEDY, "The answer to this question is:", checks.UNFINISHED),
+        (REMEDY, "I'm here to help you with all of your questions, and can tell you of 3 days of rest.", checks.REFUSAL),
+        (REMEDY, "I'm sorry for your pain, but I'm happy to help. Drink a lot, and call a doctor in 3 days.", checks.REFUSAL),
+        (REMEDY, "Rest helps most. Drink a lot and see a doctor if it is still there.", checks.NUMBER_LOST),
+        (REMEDY, "What helps most is rest. Drink a lot for 3 days, and see a doctor if it is still there.", ""),
+    ],
+)
+def test_shapes_of_what_a_small_model_writes(original: str, text: str, reason: str) -> None:
+    assert rejection(original, text, finished=True) == reason
+
+
 @pytest.mark.parametrize(
     ("original", "text"),
     [
