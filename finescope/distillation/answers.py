@@ -31,7 +31,7 @@ _STATED = re.compile(
 # A and I are words too, where one goes on behind them.
 _LETTER = r"\(?([B-HJ]|[AI](?!\s+(?!is\b|because\b|since\b)[a-z]))(?![\w'])\)?"
 _LETTER_STATED = re.compile(
-    rf"\b(?i:answer|correct (?:option|choice))\s*\**\s*(?::|\bis\b)*\s*\**\s*(?i:option\s+|choice\s+)?{_LETTER}"
+    rf"\b(?i:answer|correct (?:option|choice))\s*\**\s*(?::|\bis\b)+\s*\**\s*(?i:option\s+|choice\s+)?{_LETTER}"
     r"|\b(?i:option|choice)\s+\(?([A-J])\)?\s+is\s+(?i:correct|right|the)\b"
 )
 _ONLY_LETTER = re.compile(r"\**\(?([A-J])[).:]?\**\.?|\(?([A-J])\)\s[^\n]*")
@@ -151,4 +151,4 @@ def _holds(text: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"[\s$.]|\\[,;:! ]", "", text)).lower()
+    return re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"[\s$]|\.(?!\d)|\\[,;:! ]", "", text)).lower()

@@ -94,7 +94,15 @@ def test_a_letter_is_read(text: str, letter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["The answer is a matter of taste.", "I think so.", "A cat sat on it.", "Vitamin B is needed.", "A. B. Writer"]
+    "text",
+    [
+        "The answer is a matter of taste.",
+        "I think so.",
+        "A cat sat on it.",
+        "Vitamin B is needed.",
+        "I answer C questions.",
+        "A. B. Writer",
+    ],
 )
 def test_no_letter_is_read_where_none_is_the_answer(text: str) -> None:
     answer = final_answer(text)
@@ -134,6 +142,7 @@ OTHER = [
     ("#### 42", "#### 41"),
     ("#### 42", "It is forty-two"),
     ("#### 42", "First 42, then 43"),
+    ("#### 1.5x", "#### 15x"),
     ("so \\boxed{\\frac{1}{2}}", "hence \\boxed{\\frac{1}{3}}"),
     ("so \\boxed{[0, 25]}", "hence \\boxed{(0,25]}"),
     ("The total is 7 apples.", "There are 3 and 4 apples, 8 in all."),
