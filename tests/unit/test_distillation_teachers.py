@@ -1,7 +1,9 @@
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -134,7 +136,8 @@ def test_a_rewriter_over_a_server(server: ChatServer, tmp_path: Path) -> None:
     table = rewriter(documents(), silent)
     # The server says the request again, as far as the budget goes.
     assert table.column("reason").to_pylist() == ["cut off before its end", PROMPT_TOO_LONG]
-    assert server.asked[0]["messages"][0]["content"].endswith("### Reference response:\nIt is said.")
+    messages = [body["messages"][0]["content"] for body in server.asked]
+    assert any(message.endswith("### Reference response:\nIt is said.") for message in messages)
 
 
 @pytest.mark.parametrize("engine", ["auto", "transformers"])
@@ -154,6 +157,44 @@ def test_vllm_that_is_not_there_names_the_extra(tmp_path: Path, monkeypatch: pyt
     model = reference(Path(student_directory(tmp_path / "student")))
     with pytest.raises(ResourceError, match=r"distill.rewrite_engine: vllm .*finescope\[vllm\]"):
         rewriter_of(model, model, distill_section(rewrite_engine="vllm"), 100)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
+def test_vllm_that_is_there_is_given_tokens_budgets_and_seeds(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Engine:
+        """As far as it is used."""
+
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+
+        def __init__(self, **settings):
+            asked.append(settings)
+
+        def generate(self, prompts, settings, use_tqdm):
+            asked.extend(zip(prompts, settings, strict=True))
+            words = [([*tokenizer.encode("It was said."), 2], "stop"), (tokenizer.encode("It was"), "length")]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=why)]) for ids, why in words]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(teachers.importlib.util, "find_spec", lambda name: object())
+    tokenizer = tiny_tokenizer()
+    model = reference(Path(student_directory(tmp_path / "student")))
+    section = distill_section(rewrite_tokens=20, rewrite_engine=engine, rewrite_temperature=0.5, seed=3)
+    two = select_first(
+        pa.table({"doc_id": ["a", "b"], "prompt": ["Say it.", None], "response": ["It is said.", "It is not."]}), 1.0
+    )
+    table = rewriter_of(model, model, section, 100)(two, silent)
+    assert table.column("reason").to_pylist() == ["", "cut off before its end"]
+    assert table.column("response").to_pylist() == ["It was said.", "It is not."]
+    settings, (first, parameters), _ = asked
+    assert (settings["model"], settings["dtype"]) == (model.path, "float32")
+    assert tokenizer.decode(first["prompt_token_ids"]).startswith("<s>user\nBelow are an instruction")
+    assert (parameters["temperature"], parameters["seed"]) == (0.5, document_seed(3, "a"))
+    assert parameters["max_tokens"] == 20
 
 
 def test_a_teacher_of_another_tokenizer_is_given_its_own_tokens(tmp_path: Path) -> None:
