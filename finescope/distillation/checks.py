@@ -1,35 +1,59 @@
-"""Whether a rewrite may stand for the original: final answer first, then length, repetition, refusal.
-
-The answer check is that of self-data distillation (arXiv 2410.09982 and 2402.13669): a rewrite whose final answer
-contradicts the reference's is dropped and the reference kept.
-"""
+"""Whether a rewrite may stand for the original: its answer and its code first, then language, form, length and repetition."""
 
 import re
 from collections import Counter
-from fractions import Fraction
+from collections.abc import Callable
+from dataclasses import dataclass
 
-# The reasons, in the order in which they are looked for. A rewrite that passes has the reason "".
+from finescope.distillation.answers import contradicts, final_answer
+from finescope.distillation.code_blocks import looks_like_code, loses_code, python_names
+from finescope.distillation.language import other_language
+from finescope.distillation.numbers import loses_numbers, miscalculates
+
+# The reasons. A rewrite that passes has the reason "".
 EMPTY = "empty"
 CUT_OFF = "cut off before its end"
+CODE_LOST = "code is missing or does not parse"
 CONTRADICTION = "final answer differs"
+MISCALCULATION = "an equation in it is false"
+LANGUAGE = "another language"
+ECHO = "repeats the instruction"
+REFUSAL = "refusal"
+UNFINISHED = "ends within a sentence"
+NUMBER_LOST = "a number is missing"
+NAMES_LOST = "most names are missing"
 TOO_SHORT = "too short"
 TOO_LONG = "too long"
 REPETITION = "degenerate repetition"
-REFUSAL = "refusal"
 
-_LEAST_SHARE, _MOST_SHARE = 0.2, 2.5  # characters of a rewrite over those of the original
+_LEAST_SHARE, _MOST_SHARE = 0.5, 2.5  # characters of a rewrite over those of the original
 _SPARE_CHARACTERS = 100  # a one-line original may grow by so much all the same
-_NUMBER = r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
-_MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
-# `2)` and `f(3)` end in a number too but no answer is written so; a unit of one short word may follow.
-_FINAL_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}(?=\s*%?\s*[a-zA-Z$]{{0,12}}[.!]?\s*$)")
-_ANY_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}")
 _REFUSAL = re.compile(
-    r"\b(i['\u2019]m sorry|i am sorry|i apologi[sz]e|i can(?:no|['\u2019])t (?:help|assist|provide|rewrite|do|answer|comply)"
-    r"|i(?: am|['\u2019]m) (?:unable|not able) to|as an ai\b|as a language model)",
+    r"\bi(?:['\u2019]m| am) (?:(?:\w+ )?sorry(?: \w+){0,4},? (?:but|i\b|as\b)|unable to|not able to|here to)"
+    r"|\bi apologi[sz]e\b|\bi must decline|\bi (?:won['\u2019]t|will not)\b|\bi(?:['\u2019]d| would) be (?:happy|glad) to"
+    r"|\b(?:i|we) can(?:no|['\u2019])t (?:\w+ )?"
+    r"(?:help|assist|provide|rewrite|do|answer|comply|fulfil|complete|generate|write|give)"
+    r"|\bi don['\u2019]t have (?:access|enough|any information|the ability)"
+    r"|\b(?:please|could you) (?:provide|share|specify|clarify)"
+    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b",
     re.IGNORECASE,
 )
+# The words of the request (rewrite.py), and what models call that which they were asked for.
+_ECHO = re.compile(
+    r"#+ ?(?:instructions?|reference response|response|text)\b|reference (?:response|text)|in (?:your|my) own words"
+    r"|(?:write|rewrite) the (?:response|text)|re-?written (?:response|text|version)"
+    r"|keep (?:its meaning|every (?:fact|step|number))",
+    re.IGNORECASE,
+)
+# A capital where no sentence begins.
+_NAME = re.compile(r"(?<=[\w,;] )[A-Z][\w-]+")
 _LOOP = re.compile(r"(.{1,40}?)\1{11,}", re.DOTALL)
+# What no sentence ends with.
+_OPEN = re.compile(
+    r"(?:[,:(\[{\u2013-]|\b(?:a|an|the|of|and|or|to|with|for|from|by|at|as|that|which|is|are|was|were|be|because|if|than|such|its"
+    r"|their))$",
+    re.IGNORECASE,
+)
 
 
 def rejection(original: str, rewrite: str, finished: bool) -> str:
@@ -38,82 +62,49 @@ def rejection(original: str, rewrite: str, finished: bool) -> str:
         return EMPTY
     if not finished:
         return CUT_OFF
-    if contradicts(original, rewrite):
-        return CONTRADICTION
-    if len(rewrite) < _LEAST_SHARE * len(original):
-        return TOO_SHORT
-    if len(rewrite) > _MOST_SHARE * len(original) + _SPARE_CHARACTERS:
-        return TOO_LONG
-    if _repeats(original, rewrite):
-        return REPETITION
-    if _REFUSAL.search(rewrite) and not _REFUSAL.search(original):
-        return REFUSAL
-    return ""
+    code = _is_code(original)
+    failed = (check.reason for check in _CHECKS if not (code and check.of_prose) and check.fails(original, rewrite))
+    return next(failed, "")
 
 
-def contradicts(original: str, rewrite: str) -> bool:
-    """Whether the original ends in an answer that can be extracted and the rewrite does not come to the same one.
-
-    An answer is what follows `####`, what stands in the last `\\boxed{}`, or a number at the very end. In the rewrite it
-    is looked for in the same marks; where they are missing, its last number counts, or for an answer that is no number
-    its being there at all.
-    """
-    answer = final_answer(original)
-    if answer is None:
-        return False
-    found = _marked_answer(rewrite)
-    if found is None:
-        numbers = _ANY_NUMBER.findall(rewrite)
-        if _value(answer) is None:
-            return _plain(answer) not in _plain(rewrite)
-        found = numbers[-1] if numbers else ""
-    return not _same(answer, found)
+def _is_code(text: str) -> bool:
+    return python_names(text) is not None or looks_like_code(text)
 
 
-def final_answer(text: str) -> str | None:
-    """The answer in which a text ends; None where none can be told."""
-    marked = _marked_answer(text)
-    if marked is not None:
-        return marked
-    number = _FINAL_NUMBER.search(text.rstrip().rsplit("\n", 1)[-1])
-    return number.group() if number else None
+def _miscalculates(original: str, rewrite: str) -> bool:
+    return miscalculates(rewrite) and not miscalculates(original)
 
 
-def _marked_answer(text: str) -> str | None:
-    marked = _MARKED.findall(text)
-    return marked[-1].strip() if marked else _boxed(text)
+def _only_rewrite(pattern: re.Pattern[str]) -> Callable[[str, str], bool]:
+    return lambda original, rewrite: pattern.search(rewrite) is not None and pattern.search(original) is None
 
 
-def _boxed(text: str) -> str | None:
-    begin = text.rfind("\\boxed{")
-    if begin < 0:
-        return None
-    depth, start = 0, begin + len("\\boxed{")
-    for position in range(start - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position].strip()
-    return None
+def _ends_open(original: str, rewrite: str) -> bool:
+    return _open(rewrite) and not _open(original)
 
 
-def _same(one: str, other: str) -> bool:
-    values = _value(one), _value(other)
-    if None in values:
-        return _plain(one) == _plain(other)
-    return values[0] == values[1]
+def _open(text: str) -> bool:
+    # Within a fence, a brace or a sentence.
+    return text.count("```") % 2 == 1 or text.count("{") > text.count("}") or _OPEN.search(text.strip()) is not None
 
 
-def _value(text: str) -> Fraction | None:
-    """The number that an answer is, with its unit left away; None where it is something else."""
-    match = re.fullmatch(rf"({_NUMBER})\s*%?\s*[a-zA-Z]{{0,12}}[.!]?", text.strip().strip("$").strip())
-    if match is None:
-        return None
-    numerator, _, denominator = match.group(1).replace("$", "").replace(",", "").partition("/")
-    return Fraction(numerator) / Fraction(denominator) if denominator.strip("0") else Fraction(numerator)
+def _loses_numbers(original: str, rewrite: str) -> bool:
+    # Who comes to the same answer may do so by other numbers.
+    return final_answer(original) is None and loses_numbers(original, rewrite)
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"[\s$.]", "", text).lower()
+def _loses_names(original: str, rewrite: str) -> bool:
+    names = {name.lower() for name in _NAME.findall(original)}
+    kept = sum(name in rewrite.lower() for name in names)
+    return final_answer(original) is None and 2 * kept < len(names)
+
+
+def _too_short(original: str, rewrite: str) -> bool:
+    return len(rewrite) < _LEAST_SHARE * len(original)
+
+
+def _too_long(original: str, rewrite: str) -> bool:
+    return len(rewrite) > _MOST_SHARE * len(original) + _SPARE_CHARACTERS
 
 
 def _repeats(original: str, rewrite: str) -> bool:
@@ -128,3 +119,27 @@ def _repeated_share(text: str) -> float:
     runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     total = sum(runs.values())
     return 1.0 - len(runs) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class _Check:
+    reason: str
+    fails: Callable[[str, str], bool]  # (original, rewrite)
+    of_prose: bool = False  # it means nothing of an original that is code
+
+
+# The first that fails gives the reason.
+_CHECKS = (
+    _Check(CODE_LOST, loses_code),
+    _Check(CONTRADICTION, contradicts, of_prose=True),
+    _Check(MISCALCULATION, _miscalculates, of_prose=True),
+    _Check(LANGUAGE, other_language, of_prose=True),
+    _Check(ECHO, _only_rewrite(_ECHO)),
+    _Check(REFUSAL, _only_rewrite(_REFUSAL)),
+    _Check(UNFINISHED, _ends_open),
+    _Check(NUMBER_LOST, _loses_numbers, of_prose=True),
+    _Check(NAMES_LOST, _loses_names, of_prose=True),
+    _Check(TOO_SHORT, _too_short),
+    _Check(TOO_LONG, _too_long),
+    _Check(REPETITION, _repeats),
+)

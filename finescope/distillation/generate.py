@@ -1,4 +1,4 @@
-"""Greedy generation for many prompts at once, with a key/value cache.
+"""Generation for many prompts at once, with a key/value cache.
 
 What it does beyond `generate` of transformers, all of it measured on two cores: the beginning that all prompts share is
 read once and not once a row, a row that has ended leaves the batch, and the cache grows in place.
@@ -13,8 +13,19 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from finescope.distillation.sampling import Sampler
+
 # Positions by which a full cache grows: a copy of the cache every so many tokens instead of at each.
 _SPARE_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given."""
+
+    tokens: list[int]
+    budget: int  # tokens that may follow
+    seed: int  # of what is drawn, where tokens are sampled
 
 
 @dataclass(frozen=True)
@@ -28,25 +39,25 @@ class Generated:
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    budgets: Sequence[int],
+    prompts: Sequence[Prompt],
     ends: frozenset[int],
+    temperature: float,
     batch_tokens: int,
     progress: Callable[[int], Any],
 ) -> list[Generated]:
-    """The most likely next token, again and again, after each of `prompts`; at most `budgets[i]` tokens after the i-th.
+    """Token after token behind each of `prompts`: the most likely one at temperature 0, else sampled (`Sampler`).
 
     Prompts of like length go together, at most `batch_tokens` cached positions a batch, padding counted. `progress` is
     told of prompts that are done.
     """
     results: dict[int, Generated] = {}
-    shared = _shared_prefix(prompts)
-    prefix = _read_prefix(model, prompts[0][:shared]) if shared else None
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), -budgets[index], index))
+    shared = _shared_prefix([prompt.tokens for prompt in prompts])
+    prefix = _read_prefix(model, prompts[0].tokens[:shared]) if shared else None
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].tokens), -prompts[index].budget, index))
     begin = 0
     while begin < len(order):
-        batch = _take(order[begin:], prompts, budgets, batch_tokens)
-        written = _Batch(model, [prompts[i][shared:] for i in batch], [budgets[i] for i in batch], ends, prefix).run()
+        batch = _take(order[begin:], prompts, batch_tokens)
+        written = _Batch(model, [prompts[index] for index in batch], ends, temperature, shared, prefix).run()
         results.update(zip(batch, written, strict=True))
         progress(len(batch))
         begin += len(batch)
@@ -95,14 +106,18 @@ class _Batch:
     def __init__(
         self,
         model: PreTrainedModel,
-        prompts: list[list[int]],
-        budgets: list[int],
+        prompts: list[Prompt],
         ends: frozenset[int],
+        temperature: float,
+        shared: int,
         prefix: Cache | None,
     ) -> None:
-        self._model, self._prompts, self._budgets, self._ends = model, prompts, budgets, ends
+        """`prefix`: the cache of the first `shared` tokens, which all prompts begin with."""
+        self._model, self._ends, self._shared = model, ends, shared
+        self._rests = [prompt.tokens[shared:] for prompt in prompts]
+        self._budgets = [prompt.budget for prompt in prompts]
+        self._sampler = Sampler([prompt.seed for prompt in prompts], temperature, model.device)
         self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
-        self._shared = prefix.get_seq_length() if prefix is not None else 0
         if prefix is not None:
             for index, layer in enumerate(prefix.layers):
                 assert isinstance(layer, _RoomyLayer)
@@ -111,10 +126,10 @@ class _Batch:
 
     def run(self) -> list[Generated]:
         """Generate until every row has ended."""
-        written: list[list[int]] = [[] for _ in self._prompts]
-        finished = [False] * len(self._prompts)
+        written: list[list[int]] = [[] for _ in self._rests]
+        finished = [False] * len(self._rests)
         tokens, mask, positions = self._padded()
-        rows = list(range(len(self._prompts)))  # of the batch's rows, those that still write
+        rows = list(range(len(self._rests)))  # of the batch's rows, those that still write
         while True:
             logits = self._model(
                 input_ids=tokens,
@@ -124,7 +139,7 @@ class _Batch:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
-            chosen = logits[:, -1].argmax(-1)
+            chosen = self._sampler.choose(logits[:, -1])
             going: list[int] = []
             for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 finished[row] = token in self._ends
@@ -138,6 +153,7 @@ class _Batch:
             if len(going) < len(rows):
                 rows = [rows[place] for place in going]
                 mask, positions, chosen = mask[keep], positions[keep], chosen[keep]
+                self._sampler.keep_rows(going)
                 for layer in self._cache.layers:
                     assert isinstance(layer, _RoomyLayer)
                     layer.keep_rows(keep)
@@ -146,24 +162,24 @@ class _Batch:
 
     def _padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and positions, [rows, longest], and the mask over the cache too, [rows, shared + longest]."""
-        longest = max(len(prompt) for prompt in self._prompts)
-        tokens = torch.zeros(len(self._prompts), longest, dtype=torch.int64)
-        mask = torch.ones(len(self._prompts), self._shared + longest, dtype=torch.int64)
+        longest = max(len(rest) for rest in self._rests)
+        tokens = torch.zeros(len(self._rests), longest, dtype=torch.int64)
+        mask = torch.ones(len(self._rests), self._shared + longest, dtype=torch.int64)
         positions = torch.zeros_like(tokens)
-        for row, prompt in enumerate(self._prompts):
-            padding = longest - len(prompt)
-            tokens[row, padding:] = torch.tensor(prompt)
+        for row, rest in enumerate(self._rests):
+            padding = longest - len(rest)
+            tokens[row, padding:] = torch.tensor(rest)
             mask[row, self._shared : self._shared + padding] = 0
-            positions[row, padding:] = torch.arange(self._shared, self._shared + len(prompt))
+            positions[row, padding:] = torch.arange(self._shared, self._shared + len(rest))
         device = self._model.device
         return tokens.to(device), mask.to(device), positions.to(device)
 
 
-def _take(order: list[int], prompts: Sequence[list[int]], budgets: Sequence[int], batch_tokens: int) -> list[int]:
+def _take(order: list[int], prompts: Sequence[Prompt], batch_tokens: int) -> list[int]:
     # The first prompt is the longest one; the largest budget may be any row's.
-    longest, budget = len(prompts[order[0]]), 0
+    longest, budget = len(prompts[order[0]].tokens), 0
     for count, index in enumerate(order):
-        budget = max(budget, budgets[index])
+        budget = max(budget, prompts[index].budget)
         if count and (count + 1) * (longest + budget) > batch_tokens:
             return order[:count]
     return order

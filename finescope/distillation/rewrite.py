@@ -6,20 +6,19 @@ own words, so that the student is trained on text that the model would have writ
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from finescope import schemas
 from finescope.distillation.checks import rejection
-from finescope.distillation.examples import encode, prompt_text
-from finescope.distillation.generate import generate
+from finescope.distillation.examples import encode
+from finescope.distillation.writer import Task, Writer
 
 NOT_SELECTED = "not selected"
 REFERENCE_TOO_LONG = "the original is longer than rewrite_tokens"
-PROMPT_TOO_LONG = "does not fit the model's context"
+PROMPT_TOO_LONG = "does not fit the teacher's context"
 
 # What differs from row to row stands last: the tokens before it are read once for all rows.
 _WITH_PROMPT = (
@@ -37,26 +36,14 @@ _PREAMBLE = re.compile(r"^\s*(?:sure|certainly|of course|here(?:['\u2019]s| is| 
 _BUDGET_SHARE, _BUDGET_SPARE = 1.5, 16
 
 
-@dataclass(frozen=True)
-class _Task:
-    row: int
-    prompt: list[int]
-    budget: int  # tokens
-
-
 class Rewriter:
-    """Maps documents to rewrites, greedily and so without a seed."""
+    """Maps documents to rewrites: what is asked of the teacher, and whether its answer may be used."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_tokens: int
-    ) -> None:
-        """`batch_tokens`: cached positions (prompt and rewrite, padding counted) of the rows that are written together."""
-        self._model = model.eval()
+    def __init__(self, writer: Writer, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        """`tokenizer`: what lengths are counted with."""
+        self._writer = writer
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._batch_tokens = batch_tokens
-        self._context = int(getattr(model.config, "max_position_embeddings", 0)) or 2**31
-        self._ends = _end_tokens(model, tokenizer)
 
     def __call__(self, documents: pa.Table, progress: Callable[[int], Any]) -> pa.Table:
         """Rewrite the responses that are selected and check them. `progress` is told of documents.
@@ -66,18 +53,21 @@ class Rewriter:
         """
         rows = documents.select(["doc_id", "prompt", "response", "selected"]).to_pylist()
         outcome: list[tuple[str | None, str]] = [(None, NOT_SELECTED)] * len(rows)  # rewrite, reason
-        tasks: list[_Task] = []
+        tasks: dict[int, Task] = {}
         for index, row in enumerate(rows):
             if row["selected"]:
-                task = self._task(index, row["prompt"], row["response"])
-                if isinstance(task, str):
-                    outcome[index] = (None, task)
+                budget = self._budget(row["response"])
+                if budget is None:
+                    outcome[index] = (None, REFERENCE_TOO_LONG)
                 else:
-                    tasks.append(task)
+                    tasks[index] = Task(row["doc_id"], _message(row["prompt"], row["response"]), budget)
         progress(len(rows) - len(tasks))
-        for task, text, finished in self._write(tasks, progress):
-            original = rows[task.row]["response"]
-            outcome[task.row] = (text, rejection(original, text, finished))
+        for index, written in zip(tasks, self._writer(list(tasks.values()), progress), strict=True):
+            if written is None:
+                outcome[index] = (None, PROMPT_TOO_LONG)
+            else:
+                text = _PREAMBLE.sub("", written.text).strip()
+                outcome[index] = (text, rejection(rows[index]["response"], text, written.finished))
         kept = [text if text is not None and not reason else None for text, reason in outcome]
         table = pa.table(
             {
@@ -91,25 +81,12 @@ class Rewriter:
         )
         return schemas.conform(table, schemas.REWRITES)
 
-    def _task(self, row: int, prompt: str | None, response: str) -> _Task | str:
-        """What is to be generated, or why nothing is."""
+    def _budget(self, response: str) -> int | None:
+        """Tokens that a rewrite may take; None where the original has too many for it to be rewritten."""
         reference = len(encode(self._tokenizer, response, templated=True))
         if reference > self._max_new_tokens:
-            return REFERENCE_TOO_LONG
-        text = _PLAIN_TEXT.format(response=response) if prompt is None else _WITH_PROMPT.format(prompt=prompt, response=response)
-        tokens = encode(self._tokenizer, prompt_text(self._tokenizer, text), bool(self._tokenizer.chat_template))
-        budget = min(self._max_new_tokens, int(_BUDGET_SHARE * reference) + _BUDGET_SPARE)
-        return PROMPT_TOO_LONG if len(tokens) + budget > self._context else _Task(row, tokens, budget)
-
-    def _write(self, tasks: list[_Task], progress: Callable[[int], Any]) -> list[tuple[_Task, str, bool]]:
-        if not tasks:
-            return []
-        prompts, budgets = [task.prompt for task in tasks], [task.budget for task in tasks]
-        written = generate(self._model, prompts, budgets, self._ends, self._batch_tokens, progress)
-        texts = [str(self._tokenizer.decode(one.tokens, skip_special_tokens=True)) for one in written]
-        return [
-            (task, _PREAMBLE.sub("", text).strip(), one.finished) for task, text, one in zip(tasks, texts, written, strict=True)
-        ]
+            return None
+        return min(self._max_new_tokens, int(_BUDGET_SHARE * reference) + _BUDGET_SPARE)
 
 
 def select_first(documents: pa.Table, share: float) -> pa.Table:
@@ -119,7 +96,5 @@ def select_first(documents: pa.Table, share: float) -> pa.Table:
     return documents.append_column("selected", selected)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    named: Any = getattr(model.generation_config, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
-    return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
+def _message(prompt: str | None, response: str) -> str:
+    return _PLAIN_TEXT.format(response=response) if prompt is None else _WITH_PROMPT.format(prompt=prompt, response=response)

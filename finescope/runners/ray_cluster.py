@@ -22,7 +22,7 @@ from finescope.runners.base import Progress, Reporter, Resources, Result, Source
 _TRAINING_PART = 0.6
 # What every worker of the run sees, on every node; and what it sees of the driver's: names that begin so.
 _WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-_PASSED_ON = ("HF_", "TRANSFORMERS_", "MLFLOW_", "WANDB_")
+_PASSED_ON = ("FINESCOPE_", "HF_", "TRANSFORMERS_", "MLFLOW_", "WANDB_")
 
 
 class RayRunner:
