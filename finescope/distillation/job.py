@@ -26,6 +26,7 @@ class TrainJob:
     teacher: tuple[str, ...] = ()  # URIs of shards of `schemas.TEACHER_LOGPROBS`, needed where `section.kl_weight` is not 0
     # Gradient checkpointing, which changes memory and time and no result; None: where there is a GPU.
     recompute: bool | None = None
+    track: tuple[str, ...] = ()  # names of `tracking`: where metrics go beside `output`
 
 
 @dataclass(frozen=True)

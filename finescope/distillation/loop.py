@@ -24,7 +24,9 @@ from finescope.distillation.job import Training, TrainJob, fingerprint, learning
 from finescope.distillation.losses import Mixture
 from finescope.distillation.stored import StoredTeacher
 from finescope.distillation.student import load_student, save_student
+from finescope.distillation.watching import watched
 from finescope.errors import StepFailed
+from finescope.models.memory import peak_memory
 
 # Skipping a step now and then is harmless; this many in a row mean that the weights or the rate are bad.
 MAX_SKIPPED_IN_A_ROW = 5
@@ -60,36 +62,37 @@ class _Run:
         return (tokens, targets, positions, ids, logprobs), batch.tokens.size
 
 
-def train(job: TrainJob, engine_factory: EngineFactory, progress: Callable[[int], Any]) -> None:
+def train(job: TrainJob, engine_factory: EngineFactory, progress: Callable[[int, str], Any]) -> None:
     """Train, checkpoint, merge and write `output`; after a crash the same call goes on from the newest checkpoint.
 
-    All processes of the group call it. `progress` is told of steps on rank 0; those of an earlier attempt come first.
+    All processes of the group call it. `progress` is told of steps on rank 0, and how the training stands; those of an earlier
+    attempt come first.
 
     Raises:
         StepFailed: nothing to train on, or losses or gradients that stay non-finite.
+        ResourceError: a tracker that `job.track` names is not installed or refuses.
     """
     with _prepared(job) as run:
         engine, cursor = _start(run, engine_factory)
-        steps = len(run.training.steps)
-        if cursor.step and engine.rank == 0:
-            progress(cursor.step)
-        while cursor.step < steps and not _ended(job, cursor):
-            cursor = _step(engine, run, cursor)
-            if cursor.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                cursor = _gone_back(run, cursor)
-                # Before another is made: two of them may not fit.
-                del engine
-                gc.collect()
-                engine, _ = _start(run, engine_factory)
-                checkpoint.save(engine, job.checkpoints, cursor)
-            elif cursor.step % job.section.checkpoint_steps == 0 or cursor.step == steps:
-                cursor = _measured(engine, run, cursor)
-                checkpoint.save(engine, job.checkpoints, cursor)
-            if engine.rank == 0:
-                progress(1)
-        if cursor.step < steps and engine.rank == 0:
-            progress(steps - cursor.step)
-        _write(engine, run, cursor)
+        with watched(job, run.identity, progress if engine.rank == 0 else None) as watch:
+            watch.steps(cursor)
+            steps = len(run.training.steps)
+            while cursor.step < steps and not _ended(job, cursor):
+                cursor = _step(engine, run, cursor)
+                if cursor.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    cursor = _gone_back(run, cursor)
+                    # Before another is made: two of them may not fit.
+                    del engine
+                    gc.collect()
+                    engine, _ = _start(run, engine_factory)
+                    checkpoint.save(engine, job.checkpoints, cursor)
+                elif cursor.step % job.section.checkpoint_steps == 0 or cursor.step == steps:
+                    cursor = _measured(engine, run, cursor)
+                    checkpoint.save(engine, job.checkpoints, cursor)
+                    watch.checkpoint(cursor)
+                watch.steps(cursor)
+            watch.ended(steps)
+            _write(engine, run, cursor)
 
 
 @contextlib.contextmanager
@@ -144,6 +147,7 @@ def _step(engine: Engine, run: _Run, cursor: Cursor) -> Cursor:
         "tokens_per_second": step.tokens / (time.monotonic() - began),
         "padding_share": 1.0 - step.tokens / padded_in_all,
         "skipped": float(skipped),
+        **{name: float(value) for name, value in peak_memory(engine.device).items()},
         "time": time.time(),
     }
     return replace(

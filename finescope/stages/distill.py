@@ -60,7 +60,8 @@ def _train(
     storage.put_parquet(examples_uri, to_table(built.examples))
     told = tuple(teach.files(f"{of_whom}teacher_logprobs")) if section.kl_weight else ()
     recompute = None if compute.gradient_checkpointing == "auto" else compute.gradient_checkpointing
-    job = TrainJob(student.path, examples_uri, section, storage.join(home, "checkpoints"), home, cap_tokens, told, recompute)
+    places = storage.join(home, "checkpoints"), home
+    job = TrainJob(student.path, examples_uri, section, *places, cap_tokens, told, recompute, compute.track)
     planned = plan(job)
     if not storage.exists(storage.join(home, "trained.json")):
         name = f"distill: {folder or 'training'}"

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from distillation_fixtures import distill_section, random_examples, student_directory
+from distillation_fixtures import distill_section, random_examples, student_directory, tiny_llama
+from distillation_runs import shards_at, table_of
 
 from finescope import storage
 from finescope.checkpoints import complete_steps
@@ -31,8 +32,9 @@ from finescope.runners.base import Resources, TrainProgress
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-Progress = Callable[[int], Any]
+Progress = Callable[[int, str], Any]
 Weights = dict[str, torch.Tensor]
+OFFLOAD = ("none", "none", "optimizer", "all")  # by ZeRO stage
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, student: str) -> dict[str, T
     """What the plain engine has done in one process, by method; of "half" only the first four steps of six."""
     jobs = {method: job_at(tmp_path_factory.mktemp(method), student, method) for method in ("lora", "full")}
     for job in jobs.values():
-        train(job, PlainEngine, lambda _: None)
+        train(job, PlainEngine, lambda *_: None)
+    jobs["told"] = told_at(tmp_path_factory.mktemp("told"), student)
+    train(jobs["told"], PlainEngine, lambda *_: None)
     jobs["half"] = job_at(tmp_path_factory.mktemp("half"), student, "lora")
     with pytest.raises(InterruptedError):
         train(jobs["half"], PlainEngine, interrupt)
@@ -63,7 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, student: str) -> dict[str, T
     return jobs
 
 
-def interrupt(steps: int, done: list[int] = []) -> None:  # noqa: B006  (counts over calls)
+def interrupt(steps: int, note: str, done: list[int] = []) -> None:  # noqa: B006  (counts over calls)
     done.append(steps)
     if len(done) == 3:
         raise InterruptedError
@@ -71,8 +75,15 @@ def interrupt(steps: int, done: list[int] = []) -> None:  # noqa: B006  (counts 
 
 def job_at(root: Path, student: str, method: str, **changes: object) -> TrainJob:
     # An odd number of documents a batch: the two processes never have equally much to do.
-    section = distill_section(method=method, batch_size=5, micro_batch_tokens=40, **changes)
+    section = distill_section(**{"method": method, "batch_size": 5, "micro_batch_tokens": 40, "held_out": 1, **changes})
     return TrainJob(student, random_examples(12), section, str(root / "checkpoints"), str(root / "out"))
+
+
+def told_at(root: Path, student: str, **changes: object) -> TrainJob:
+    """A training that a teacher takes part in."""
+    job = job_at(root, student, "full", **{"kl_weight": 0.5, **changes})
+    assert isinstance(job.examples, tuple)
+    return replace(job, teacher=shards_at(root, table_of(job.examples, tiny_llama(seed=3))))
 
 
 def weights(job: TrainJob) -> Weights:
@@ -101,14 +112,28 @@ def one_after_the_other(jobs: Sequence[TrainJob], spoiled: TrainJob, factory: En
     """Several trainings in one group of processes, as it takes a while to start one."""
     for job in jobs:
         train(job, factory, progress)
-    train(spoiled, lambda module, settings: _Spoiled(factory(module, settings)), lambda _: None)
+    train(spoiled, _spoiling(factory, 3, 3), lambda *_: None)
+
+
+def lost_and_found(lost: TrainJob, factory: EngineFactory, progress: Progress) -> None:
+    """A training whose first engine never comes to a number."""
+    train(lost, _spoiling(factory, 1, 10**9), progress)
+
+
+def _spoiling(factory: EngineFactory, first: int, last: int) -> EngineFactory:
+    """The first engine that is made is spoiled; those that follow are not."""
+    spans = [(first, last)]
+    return lambda module, settings: _Spoiled(factory(module, settings), *(spans.pop() if spans else (0, 0)))
 
 
 class _Spoiled:
-    """Makes the loss of the third pass on the second process not a number; it belongs to the first step or the second."""
+    """Makes the losses from the `first` to the `last` pass on the second process not a number.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._count = engine, 0
+    The third belongs to the first step or the second.
+    """
+
+    def __init__(self, engine: Engine, first: int, last: int) -> None:
+        self._engine, self._count, self._first, self._last = engine, 0, first, last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -116,30 +141,42 @@ class _Spoiled:
     def __call__(self, *inputs: torch.Tensor | None) -> Sums:
         self._count += 1
         total, *parts = self._engine(*inputs)
-        return (total * float("nan") if (self._count, self._engine.rank) == (3, 1) else total, *parts)
+        spoiled = self._first <= self._count <= self._last and self._engine.rank == 1
+        return (total * float("nan") if spoiled else total, *parts)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_processes_equal_one(
     tmp_path: Path, session: None, student: str, alone: dict[str, TrainJob], zero_stage: int
 ) -> None:
-    lora, full = (job_at(tmp_path / method, student, method) for method in ("lora", "full"))
+    lora, full = (replace(job_at(tmp_path / method, student, method), recompute=True) for method in ("lora", "full"))
     resumed, spoiled = (job_at(tmp_path / name, student, "lora") for name in ("resumed", "spoiled"))
+    told = told_at(tmp_path / "told", student, zero_stage=zero_stage, offload=OFFLOAD[zero_stage])
     shutil.copytree(alone["half"].checkpoints, resumed.checkpoints)
-    assert together(one_after_the_other, ([lora, full, resumed], spoiled), zero_stage) == 18
+    assert together(one_after_the_other, ([lora, full, resumed, told], spoiled), zero_stage) == 24
     close(weights(lora), weights(alone["lora"]))
     close(weights(full), weights(alone["full"]))
     close(weights(resumed), weights(alone["lora"]))
+    close(weights(told), weights(alone["told"]))
     record = storage.read_json(f"{spoiled.checkpoints}/step-00000006/done.json")
     assert record["skipped"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(spoiled).values())
     # What two processes have written, one goes on from.
     shutil.rmtree(f"{lora.checkpoints}/step-00000006")
     shutil.rmtree(lora.output)
-    told: list[int] = []
-    train(lora, PlainEngine, told.append)
-    assert told == [4, 1, 1]
+    amounts: list[int] = []
+    train(lora, PlainEngine, lambda amount, _: amounts.append(amount))
+    assert amounts == [4, 1, 1]
     close(weights(lora), weights(alone["lora"]))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_an_engine_is_replaced_where_nothing_is_finite(tmp_path: Path, session: None, student: str, zero_stage: int) -> None:
+    job = job_at(tmp_path, student, "lora")
+    assert together(lost_and_found, (job,), zero_stage) == 6
+    record = storage.read_json(f"{job.checkpoints}/step-00000006/done.json")
+    assert (record["skipped"], record["rollbacks"]) == (5, 1)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(job).values())
 
 
 def killed_once(job: TrainJob, marker: str, factory: EngineFactory, progress: Progress) -> None:
@@ -159,8 +196,8 @@ class _Suicidal:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self._engine(tokens, targets)
+    def __call__(self, *inputs: torch.Tensor | None) -> Sums:
+        return self._engine(*inputs)
 
     def step(self, learning_rate: float) -> float:
         self._steps += 1
@@ -199,7 +236,7 @@ def test_a_known_failure_comes_out_as_it_was_raised(tmp_path: Path, session: Non
 def test_missing_deepspeed_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_deepspeed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r"finescope\[deepspeed\]"):
-        ray_train.train(train, (), lambda _: None, Resources(), 2, {"CPU": 1.0}, 2)
+        ray_train.train(train, (), lambda *_: None, Resources(), 2, {"CPU": 1.0}, 2)
 
 
 def test_scratch_of_drivers_that_were_killed_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def spoiled(*calls: tuple[int, ...]) -> Callable[[torch.nn.Module, OptimizerSett
 @pytest.mark.parametrize("calls", [(2,), (1, 2, 3, 4)])
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, student: str, calls: tuple[int, ...]) -> None:
     job = job_at(tmp_path, student, micro_batch_tokens=4096)
-    train(job, spoiled(calls), lambda _: None)
+    train(job, spoiled(calls), lambda *_: None)
     record = json.loads((Path(job.checkpoints) / "step-00000006" / "done.json").read_text())
     assert (record["skipped"], record["rollbacks"]) == (len(calls), 0)
     assert all(torch.isfinite(tensor).all() for tensor in weights(job).values())
@@ -74,7 +74,7 @@ def test_after_a_few_in_a_row_the_weights_go_back_and_the_data_goes_on(tmp_path:
         engine.calls = engines.pop(0)
         return engine
 
-    train(job, factory, lambda _: None)
+    train(job, factory, lambda *_: None)
     record = json.loads((Path(job.checkpoints) / "step-00000012" / "done.json").read_text())
     assert (record["step"], record["skipped"], record["rollbacks"]) == (12, 5, 1)
     rates = [row["learning_rate"] for row in record["metrics"]]
@@ -92,12 +92,12 @@ def test_a_training_that_stays_non_finite_fails_with_the_reason(tmp_path: Path, 
     job = job_at(tmp_path, student, micro_batch_tokens=4096, epochs=9)
     always = tuple(range(1, 99))
     with pytest.raises(StepFailed, match=f"{MAX_SKIPPED_IN_A_ROW} training steps in a row"):
-        train(job, spoiled(*[always] * (MAX_ROLLBACKS + 1)), lambda _: None)
+        train(job, spoiled(*[always] * (MAX_ROLLBACKS + 1)), lambda *_: None)
 
 
 def test_killed_after_a_rollback_equals_undisturbed(tmp_path: Path, student: str) -> None:
     def run(job: TrainJob, calls: tuple[int, ...], kill: int | None) -> None:
-        train(job, spoiled(calls), killer(kill) if kill else lambda _: None)
+        train(job, spoiled(calls), killer(kill) if kill else lambda *_: None)
 
     calm, shot = (job_at(tmp_path / name, student, micro_batch_tokens=4096, epochs=4) for name in ("calm", "shot"))
     run(calm, (3, 4, 5, 6, 7), None)

@@ -40,13 +40,13 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("kills", [(1,), (3, 4), (2, 3, 6)])
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, student: str, method: str, kills: tuple[int, ...]) -> None:
     calm = job_at(tmp_path / "calm", student, method=method)
-    train(calm, PlainEngine, lambda _: None)
+    train(calm, PlainEngine, lambda *_: None)
     shot = job_at(tmp_path / "shot", student, method=method)
     for after in kills:
         with pytest.raises(Killed):
             train(shot, PlainEngine, killer(after))
     told: list[int] = []
-    train(shot, PlainEngine, told.append)
+    train(shot, PlainEngine, lambda amount, _: told.append(amount))
     assert sum(told) == len(plan(shot).steps) == 6
     assert equal(weights(calm), weights(shot))
     assert complete_steps(shot.checkpoints) == [6, 4]
@@ -61,7 +61,7 @@ def test_real_kill(tmp_path: Path, student: str) -> None:
         "from finescope.distillation.loop import train\n"
         "from finescope.distillation.engine import PlainEngine\n"
         "done = 0\n"
-        "def progress(n):\n"
+        "def progress(n, note):\n"
         "    global done\n"
         "    done += n\n"
         "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -73,10 +73,10 @@ def test_real_kill(tmp_path: Path, student: str) -> None:
     )
     assert run.returncode == -signal.SIGKILL
     assert complete_steps(job.checkpoints) == [2]
-    assert not storage.exists(job.output)
-    train(job, PlainEngine, lambda _: None)
+    assert not storage.exists(storage.join(job.output, "model"))
+    train(job, PlainEngine, lambda *_: None)
     calm = job_at(tmp_path / "calm", student)
-    train(calm, PlainEngine, lambda _: None)
+    train(calm, PlainEngine, lambda *_: None)
     assert equal(weights(calm), weights(job))
 
 
@@ -86,7 +86,7 @@ def test_half_written_checkpoint_does_not_count(tmp_path: Path, student: str) ->
         train(job, PlainEngine, killer(4))
     (Path(job.checkpoints) / "step-00000004" / "done.json").unlink()
     told: list[int] = []
-    train(job, PlainEngine, told.append)
+    train(job, PlainEngine, lambda amount, _: told.append(amount))
     assert told == [2, 1, 1, 1, 1]
 
 
@@ -95,7 +95,7 @@ def test_checkpoint_of_other_examples_is_refused(tmp_path: Path, student: str) -
     with pytest.raises(Killed):
         train(job, PlainEngine, killer(2))
     with pytest.raises(StepFailed, match="another training"):
-        train(replace(job, examples=random_examples(12, seed=5)), PlainEngine, lambda _: None)
+        train(replace(job, examples=random_examples(12, seed=5)), PlainEngine, lambda *_: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +105,7 @@ def test_result_is_a_stock_directory_with_its_adapter_beside(tmp_path: Path, dty
     uri = str(tmp_path / "examples.parquet")
     storage.put_parquet(uri, to_table(job.examples))
     job = replace(job, examples=uri)
-    train(job, PlainEngine, lambda _: None)
+    train(job, PlainEngine, lambda *_: None)
     model = AutoModelForCausalLM.from_pretrained(f"{job.output}/model")
     base = AutoModelForCausalLM.from_pretrained(student)
     assert model.dtype == base.dtype == dtype
@@ -125,7 +125,7 @@ def test_result_is_a_stock_directory_with_its_adapter_beside(tmp_path: Path, dty
 
 def test_cap_on_tokens(tmp_path: Path, student: str) -> None:
     job = replace(job_at(tmp_path, student), cap_tokens=100)
-    train(job, PlainEngine, lambda _: None)
+    train(job, PlainEngine, lambda *_: None)
     assert plan(job).tokens <= 100
     record = json.loads((Path(job.checkpoints) / f"step-{len(plan(job).steps):08d}" / "done.json").read_text())
     assert record["tokens"] == plan(job).tokens
@@ -133,7 +133,7 @@ def test_cap_on_tokens(tmp_path: Path, student: str) -> None:
 
 def test_held_out_examples_are_measured_and_not_trained_on(tmp_path: Path, student: str) -> None:
     job = replace(job_at(tmp_path, student, held_out=2), examples=random_examples(24))
-    train(job, PlainEngine, lambda _: None)
+    train(job, PlainEngine, lambda *_: None)
     planned = plan(job)
     assert len(planned.held_out) == 2
     assert not {*planned.held_out} & {int(index) for step in planned.steps for index in step.indices}
@@ -149,7 +149,7 @@ def test_patience_ends_the_training_with_the_best_weights(tmp_path: Path, studen
     changes = {"method": "full", "held_out": 3, "patience": 2, "epochs": 30}
     job = replace(job_at(tmp_path, student, **changes), examples=random_examples(30))
     told: list[int] = []
-    train(job, PlainEngine, told.append)
+    train(job, PlainEngine, lambda amount, _: told.append(amount))
     steps = complete_steps(job.checkpoints)
     record = json.loads((Path(job.checkpoints) / f"step-{steps[0]:08d}" / "done.json").read_text())
     assert sum(told) == len(plan(job).steps) > steps[0]
@@ -164,14 +164,14 @@ def test_patience_ends_the_training_with_the_best_weights(tmp_path: Path, studen
 def test_recomputed_activations_change_nothing(tmp_path: Path, student: str, method: str) -> None:
     kept, again = (replace(job_at(tmp_path / str(r), student, method=method), recompute=r) for r in (False, True))
     for job in (kept, again):
-        train(job, PlainEngine, lambda _: None)
+        train(job, PlainEngine, lambda *_: None)
     assert equal(weights(kept), weights(again))
 
 
 def test_packed_rows_take_the_same_steps(tmp_path: Path, student: str) -> None:
     packed, padded = (job_at(tmp_path / str(p), student, micro_batch_tokens=512, packing=p) for p in (True, False))
     for job in (packed, padded):
-        train(job, PlainEngine, lambda _: None)
+        train(job, PlainEngine, lambda *_: None)
     for name, tensor in weights(padded).items():
         torch.testing.assert_close(weights(packed)[name], tensor, atol=1e-4, rtol=1e-3)
 
@@ -179,14 +179,14 @@ def test_packed_rows_take_the_same_steps(tmp_path: Path, student: str) -> None:
 def test_micro_batches_do_not_change_the_gradient(tmp_path: Path, student: str) -> None:
     one, many = (job_at(tmp_path / str(budget), student, micro_batch_tokens=budget) for budget in (4096, 33))
     for job in (one, many):
-        train(job, PlainEngine, lambda _: None)
+        train(job, PlainEngine, lambda *_: None)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(many)[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_to_train_on(tmp_path: Path, student: str) -> None:
     with pytest.raises(StepFailed, match="no example"):
-        train(replace(job_at(tmp_path, student), examples=()), PlainEngine, lambda _: None)
+        train(replace(job_at(tmp_path, student), examples=()), PlainEngine, lambda *_: None)
 
 
 def test_schedule_by_hand() -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from distillation_fixtures import distill_section, random_examples, student_directory, tiny_llama
+from distillation_runs import shards_at, table_of
 from torch import Tensor
 
 from finescope import schemas, storage
@@ -18,32 +19,6 @@ from finescope.distillation.job import TrainJob
 from finescope.distillation.loop import train
 from finescope.distillation.stored import StoredTeacher
 from finescope.errors import StepFailed
-
-K = 200  # of 259 tokens
-
-
-def table_of(examples: tuple[Example, ...], teacher: torch.nn.Module) -> pa.Table:
-    """What a teacher says of the examples, with a document that was dropped before each."""
-    rows = []
-    for number, example in enumerate(examples):
-        with torch.no_grad():
-            logits = teacher(input_ids=torch.from_numpy(example.tokens.astype(np.int64))[None]).logits[0]
-        logprobs = logits[example.loss_start - 1 : -1].log_softmax(-1)
-        top, ids = logprobs.topk(K)
-        others = logprobs.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-        stored = torch.cat([top, others], 1).half()
-        rows.append({"doc_id": f"dropped-{number}", "targets": 0, "ids": [], "logprobs": []})
-        targets = {"targets": len(ids), "ids": ids.flatten().tolist(), "logprobs": stored.flatten().numpy()}
-        rows.append({"doc_id": str(number), **targets})
-    return pa.Table.from_pylist(rows, schema=schemas.TEACHER_LOGPROBS)
-
-
-def shards_at(root: Path, table: pa.Table) -> tuple[str, ...]:
-    found = []
-    for number, start in enumerate(range(0, table.num_rows, 5)):
-        found.append(str(root / f"part-{number}.parquet"))
-        storage.put_parquet(found[-1], table.slice(start, 5))
-    return tuple(found)
 
 
 def test_what_the_teacher_says_stands_at_its_targets(tmp_path: Path) -> None:
@@ -92,9 +67,9 @@ def _logprobs(network: torch.nn.Module, ids: Tensor) -> Tensor:
 def test_training_on_the_divergence_alone_leads_to_the_teacher(tmp_path: Path, kind: str) -> None:
     student, teacher, examples = student_directory(tmp_path / "student"), tiny_llama(seed=3), random_examples(24)
     shards = shards_at(tmp_path, table_of(examples, teacher))
-    changes = {"method": "full", "kl_weight": 1.0, "kl_divergence": kind, "kl_top_k": K, "epochs": 20, "batch_size": 8}
+    changes = {"method": "full", "kl_weight": 1.0, "kl_divergence": kind, "epochs": 20, "batch_size": 8}
     job = TrainJob(student, examples, distill_section(**changes), str(tmp_path / "c"), str(tmp_path / "out"), teacher=shards)
-    train(job, PlainEngine, lambda _: None)
+    train(job, PlainEngine, lambda *_: None)
     before, after = (divergence(place, teacher, examples) for place in (student, f"{job.output}/model"))
     assert after < 0.5 * before
     rows = storage.read_parquet(f"{job.output}/metrics/part-00000.parquet").to_pylist()
@@ -106,9 +81,9 @@ def test_training_on_the_divergence_alone_leads_to_the_teacher(tmp_path: Path, k
 def test_the_text_alone_counts_without_a_weight(tmp_path: Path) -> None:
     student, examples = student_directory(tmp_path / "student"), random_examples(8)
     job = TrainJob(student, examples, distill_section(), str(tmp_path / "c"), str(tmp_path / "out"))
-    train(job, PlainEngine, lambda _: None)
+    train(job, PlainEngine, lambda *_: None)
     told = replace(job, teacher=("nowhere.parquet",), checkpoints=str(tmp_path / "c2"), output=str(tmp_path / "out2"))
-    train(told, PlainEngine, lambda _: None)
+    train(told, PlainEngine, lambda *_: None)
     one, other = (storage.read_parquet(f"{j.output}/metrics/part-00000.parquet") for j in (job, told))
     losses = [[row["value"] for row in table.to_pylist() if row["name"] == "loss"] for table in (one, other)]
     assert losses[0] == losses[1]
