@@ -1,35 +1,38 @@
-"""Floating-point operations of a token, by the weights that multiply it."""
+"""Floating-point operations of a token, by the weights that multiply it and the tokens that it attends to."""
 
 from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from finescope.models.anatomy import Anatomy, anatomy_of, blocks_of, has_experts, linear_map, linears_of
+from finescope.models.anatomy import Anatomy, anatomy_of, blocks_of, has_experts, input_width, linear_map, linears_of
 
 
 class Flops(NamedTuple):
-    """Two a weight: a product and a sum. Norms, embeddings, and what attention multiplies beside its weights, are not counted."""
+    """Two a weight, and two a product of attention: a product and a sum. Norms, embeddings and softmax are not counted."""
 
     blocks: int  # of the blocks' linear maps; of a mixture of experts as many experts as a token uses, and the router
     head: int  # of the output embedding
+    attention: int  # of a token and one that it attends to: queries with keys and weights with values, in all blocks
 
     @property
     def token(self) -> int:
-        """Of a token whose next one is predicted, as in decoding."""
+        """Of a token whose next one is predicted, as in decoding, without attention, which grows with what was read."""
         return self.blocks + self.head
 
     def prefill(self, tokens: int) -> int:
-        """Of reading a prompt of `tokens`, of which the last alone predicts."""
-        return tokens * self.blocks + self.head
+        """Of reading a prompt of `tokens`, of which the last alone predicts; each attends to itself and to all before it."""
+        return tokens * self.blocks + self.head + tokens * (tokens + 1) // 2 * self.attention
 
 
 def flops_of(model: PreTrainedModel) -> Flops:
     """The operations of one token; the weights of `model` may be on the meta device."""
     anatomy, head = anatomy_of(model), model.get_output_embeddings()
     assert isinstance(head, nn.Linear), "a causal language model has output embeddings"
-    weights = sum(_block_weights(model, block, anatomy) for block in blocks_of(model, anatomy))
-    return Flops(2 * weights, 2 * head.weight.numel())
+    blocks = blocks_of(model, anatomy)
+    weights = sum(_block_weights(model, block, anatomy) for block in blocks)
+    heads = sum(input_width(linear_map(block, anatomy.output)) for block in blocks)  # query heads, times their dimension
+    return Flops(2 * weights, 2 * head.weight.numel(), 4 * heads)
 
 
 def _block_weights(model: PreTrainedModel, block: nn.Module, anatomy: Anatomy) -> int:

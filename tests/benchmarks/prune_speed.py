@@ -8,8 +8,8 @@ Base and students read and make tokens in turns. For prefill the share of the FL
     (t_base / t_student - 1) / (FLOPs_base / FLOPs_student - 1)
 
 with t the median over the rounds, once by the clock and once by CPU time (as good as the clock on one thread, and blind to
-what else the machine does), and FLOPs two for each weight that multiplies: the blocks' linear maps for every token, the head
-for the last one. `with_attention` adds what attention multiplies beside its weights, which pruned channels leave as it is.
+what else the machine does), and FLOPs as `evaluate` counts them: of weights, and of attention over what a token may see, which
+pruned channels leave as it is. `of_weights_alone` leaves attention away.
 """
 
 import argparse
@@ -56,18 +56,12 @@ def students(model: PreTrainedModel, ratios: list[float], multiples: list[int]) 
     return made
 
 
-def attention_flops(model: PreTrainedModel, tokens: int) -> int:
-    """Products of queries with keys and of weights with values in a prefill; half of them is masked, and skipped or not."""
-    config: Any = model.config
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return 2 * 2 * tokens * tokens * width * config.num_hidden_layers
-
-
 def measured(models: dict[str, PreTrainedModel], shape: Shape, repeats: int) -> dict[str, Any]:
     """Tokens a second of each model, and what of the FLOPs saved is seen in it."""
     found = throughputs(models, shape, repeats, lambda _: None)
-    work = {name: flops_of(model).prefill(shape.prompt_tokens) for name, model in models.items()}
-    attended = {name: work[name] + attention_flops(model, shape.prompt_tokens) for name, model in models.items()}
+    flops = {name: flops_of(model) for name, model in models.items()}
+    work = {name: of_model.prefill(shape.prompt_tokens) for name, of_model in flops.items()}
+    weights = {name: of_model._replace(attention=0).prefill(shape.prompt_tokens) for name, of_model in flops.items()}
     rows: dict[str, Any] = {}
     for name, model in models.items():
         seconds = {
@@ -91,7 +85,7 @@ def measured(models: dict[str, PreTrainedModel], shape: Shape, repeats: int) -> 
             rows[name]["prefill_gain_over_flops"] = {
                 clock + added: gain_over_flops((of_base[clock], flops["base"]), (speed[clock], flops[name]))
                 for clock in ("prefill", "prefill_cpu")
-                for added, flops in (("", work), ("_with_attention", attended))
+                for added, flops in (("", work), ("_of_weights_alone", weights))
             }
     return rows
 
