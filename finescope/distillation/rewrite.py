@@ -4,6 +4,7 @@ The paper's teacher-guided distillation and arXiv 2402.13669: y' ~ M(. | instruc
 own words, so that the student is trained on text that the model would have written itself.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,9 @@ _BUDGET_SHARE, _BUDGET_SPARE = 1.5, 16
 class Rewriter:
     """Maps documents to rewrites: what is asked of the teacher, and whether its answer may be used."""
 
-    def __init__(self, writer: Writer, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
-        """`tokenizer`: what lengths are counted with."""
-        self._writer = writer
+    def __init__(self, writer: Callable[[], Writer], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        """`writer`: made when the first document needs it. `tokenizer`: what lengths are counted with."""
+        self._writer = functools.cache(writer)
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
 
@@ -62,7 +63,8 @@ class Rewriter:
                 else:
                     tasks[index] = Task(row["doc_id"], _message(row["prompt"], row["response"]), budget)
         progress(len(rows) - len(tasks))
-        for index, written in zip(tasks, self._writer(list(tasks.values()), progress), strict=True):
+        answers = self._writer()(list(tasks.values()), progress) if tasks else []
+        for index, written in zip(tasks, answers, strict=True):
             if written is None:
                 outcome[index] = (None, PROMPT_TOO_LONG)
             else:

@@ -1,5 +1,6 @@
 """The rewriter that a recipe asks for."""
 
+import functools
 import importlib.util
 
 import torch
@@ -19,7 +20,7 @@ __all__ = ["Server", "rewriter_of"]
 def rewriter_of(
     teacher: ModelReference | Server, tokenizer_of: ModelReference, section: DistillSection, batch_tokens: int
 ) -> Rewriter:
-    """The rewriter for `section`, its teacher loaded.
+    """The rewriter for `section`. Its teacher is loaded when there is something to rewrite.
 
     Args:
         tokenizer_of: the model whose tokens the lengths in `section` are counted in.
@@ -28,16 +29,17 @@ def rewriter_of(
     Raises:
         ResourceError: `rewrite_engine` is vllm and vLLM or a GPU is not there.
     """
-    return Rewriter(_writer(teacher, section, batch_tokens), load_tokenizer(tokenizer_of), section.rewrite_tokens)
+    writer = functools.partial(_writer, teacher, section, batch_tokens, _takes_vllm(section))
+    return Rewriter(writer, load_tokenizer(tokenizer_of), section.rewrite_tokens)
 
 
-def _writer(teacher: ModelReference | Server, section: DistillSection, batch_tokens: int) -> Writer:
+def _writer(teacher: ModelReference | Server, section: DistillSection, batch_tokens: int, vllm: bool) -> Writer:
     temperature = section.rewrite_temperature
     if isinstance(teacher, Server):
         return ServerWriter(teacher, temperature, section.seed)
     tokenizer = load_tokenizer(teacher)
     generator: Generator
-    if _takes_vllm(section):
+    if vllm:
         generator = VllmGenerator(teacher, temperature)
     else:
         generator = TransformersGenerator(load_model(teacher), tokenizer, temperature, batch_tokens)

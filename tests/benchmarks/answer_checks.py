@@ -87,7 +87,7 @@ def main() -> None:
         tokenizer = load_tokenizer(model)
         generator = TransformersGenerator(load_model(model), tokenizer, 0.0, 8192)
         recorded = Recorded(TokenWriter(generator, tokenizer, 0), arguments.written)
-        table = Rewriter(recorded, tokenizer, arguments.tokens)(given, lambda _: None)
+        table = Rewriter(lambda: recorded, tokenizer, arguments.tokens)(given, lambda _: None)
     rows = table.to_pylist()
     if arguments.show is not None:
         texts = [shown(row, domain, recorded.answers.get(row["doc_id"])) for row, domain in zip(rows, domains, strict=True)]

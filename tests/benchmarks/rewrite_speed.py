@@ -49,7 +49,7 @@ def batches(tokenizer: Any, corpus: str, rows: int, batch: int, budget: int) -> 
     """What the rewriter asks about `rows` rows, longest first, `batch` at a time."""
     given, _ = documents(corpus, rows, seed=0)
     asked = Asked()
-    Rewriter(TokenWriter(asked, tokenizer, 0), tokenizer, 256)(given, lambda _: None)
+    Rewriter(lambda: TokenWriter(asked, tokenizer, 0), tokenizer, 256)(given, lambda _: None)
     prompts = [Prompt(prompt.tokens, budget, 0) for prompt in sorted(asked.prompts, key=lambda prompt: -len(prompt.tokens))]
     return [prompts[begin : begin + batch] for begin in range(0, len(prompts), batch)]
 

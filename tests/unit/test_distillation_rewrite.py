@@ -48,6 +48,16 @@ def documents() -> pa.Table:
     return rewrite.select_first(pa.table(rows), 0.8)
 
 
+def test_no_writer_is_made_where_nothing_is_rewritten() -> None:
+    def unwanted():
+        raise AssertionError("a teacher was loaded")
+
+    nothing = rewrite.select_first(documents().drop_columns(["selected"]), 0.0)
+    table = rewrite.Rewriter(unwanted, tiny_tokenizer(), 40)(nothing, lambda _: None)
+    assert table.column("response").equals(nothing.column("response"))
+    assert set(table.column("reason").to_pylist()) == {rewrite.NOT_SELECTED}
+
+
 def test_rows_in_are_rows_out_with_a_reason_each() -> None:
     asked = []
 
@@ -57,7 +67,7 @@ def test_rows_in_are_rows_out_with_a_reason_each() -> None:
         return [Written("Here is the text:\n\n2, that is two", True), Written("other", False), None]
 
     told: list[int] = []
-    table = rewrite.Rewriter(scripted, tiny_tokenizer(), 40)(documents(), told.append)
+    table = rewrite.Rewriter(lambda: scripted, tiny_tokenizer(), 40)(documents(), told.append)
     assert table.schema == schemas.REWRITES
     assert table.column("used").to_pylist() == ["rewrite", "original", "original", "original", "original"]
     reasons = ["", checks.CUT_OFF, rewrite.REFERENCE_TOO_LONG, rewrite.PROMPT_TOO_LONG, rewrite.NOT_SELECTED]
