@@ -55,7 +55,7 @@ class Answer:
 def final_answer(text: str) -> Answer | None:
     """The answer that a text comes to; None where none can be told."""
     text = text.strip()
-    stated = _stated(text)
+    stated = stated_answer(text)
     if stated is not None:
         return stated
     if letter := _group(_ONLY_LETTER.fullmatch(text)):
@@ -70,6 +70,19 @@ def final_answer(text: str) -> Answer | None:
     return Answer(text) if line and len(text.split()) <= _FEW_WORDS else None
 
 
+def stated_answer(text: str) -> Answer | None:
+    """The answer that a text marks or names as such; None where it does not."""
+    marked = _MARKED.findall(text)
+    inside = marked[-1] if marked else _boxed(text)
+    if inside is not None:
+        return _read(inside)
+    letters = [_group(match) for match in _LETTER_STATED.finditer(text)]
+    if letters:
+        return Answer(letters[-1], letter=letters[-1])
+    stated = _STATED.findall(text)
+    return _read(stated[-1]) if stated else None
+
+
 def contradicts(original: str, rewrite: str) -> bool:
     """Whether the original comes to an answer that can be told and the rewrite does not come to the same one.
 
@@ -79,7 +92,7 @@ def contradicts(original: str, rewrite: str) -> bool:
     answer = final_answer(original)
     if answer is None:
         return False
-    stated = _stated(rewrite)
+    stated = stated_answer(rewrite)
     if answer.letter:
         return _letter(rewrite, stated) != answer.letter
     if answer.values:
@@ -91,19 +104,6 @@ def contradicts(original: str, rewrite: str) -> bool:
     if answer.text.lower().strip(" .*") in _VERDICTS:
         return stated is not None or answer.text.lower().strip(" .*") not in words[:1] + words[-1:]
     return not _holds(rewrite, answer.text)
-
-
-def _stated(text: str) -> Answer | None:
-    """The answer that a text marks or names as such."""
-    marked = _MARKED.findall(text)
-    inside = marked[-1] if marked else _boxed(text)
-    if inside is not None:
-        return _read(inside)
-    letters = [_group(match) for match in _LETTER_STATED.finditer(text)]
-    if letters:
-        return Answer(letters[-1], letter=letters[-1])
-    stated = _STATED.findall(text)
-    return _read(stated[-1]) if stated else None
 
 
 def _read(text: str) -> Answer:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finescope.distillation.answers import contradicts, final_answer
+from finescope.distillation.answers import contradicts, stated_answer
 from finescope.distillation.code_blocks import looks_like_code, loses_code, python_names
 from finescope.distillation.language import other_language
 from finescope.distillation.numbers import loses_numbers, miscalculates
@@ -90,13 +90,13 @@ def _open(text: str) -> bool:
 
 def _loses_numbers(original: str, rewrite: str) -> bool:
     # Who comes to the same answer may do so by other numbers.
-    return final_answer(original) is None and loses_numbers(original, rewrite)
+    return stated_answer(original) is None and loses_numbers(original, rewrite)
 
 
 def _loses_names(original: str, rewrite: str) -> bool:
     names = {name.lower() for name in _NAME.findall(original)}
     kept = sum(name in rewrite.lower() for name in names)
-    return final_answer(original) is None and 2 * kept < len(names)
+    return stated_answer(original) is None and 2 * kept < len(names)
 
 
 def _too_short(original: str, rewrite: str) -> bool:
