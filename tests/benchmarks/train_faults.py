@@ -132,7 +132,7 @@ def from_zero_2_to_3(root: Path) -> dict[str, Any]:
 
     undisturbed = root / "runs" / "undisturbed"
     student, examples = undisturbed / "prune" / "model", undisturbed / UNTIL / "examples" / "part-000000.parquet"
-    section = DistillSection.model_validate(manifest_of(str(undisturbed), UNTIL).section["distill"] | {"zero_stage": 2})
+    section = DistillSection.model_validate({**manifest_of(str(undisturbed), UNTIL).section, "zero_stage": 2})
     homes = [root / name for name in ("calm", "changed")]
     for home in homes:
         home.mkdir()
