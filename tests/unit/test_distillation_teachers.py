@@ -203,5 +203,5 @@ def test_a_teacher_of_another_tokenizer_is_given_its_own_tokens(tmp_path: Path) 
     (teacher / "chat_template.jinja").unlink()
     section = distill_section(rewrite_tokens=20)
     rewriter = rewriter_of(reference(teacher), reference(student), section, 100)
-    assert rewriter._writer._tokenizer.chat_template is None
+    assert rewriter._writer()._tokenizer.chat_template is None
     assert rewriter._tokenizer.chat_template is not None
