@@ -15,6 +15,7 @@ from finescope.config import Recipe
 from finescope.corpus.estimate import estimate
 from finescope.corpus.files import resolve
 from finescope.corpus.shapes import recognise, shaped
+from finescope.distillation.tracking import check_trackers
 from finescope.errors import ResourceError
 from finescope.manifest import Manifest, step_and_domain
 from finescope.models.load import load_meta_model
@@ -60,19 +61,12 @@ def check_resources(recipe: Recipe) -> None:
     """Hold the estimates of what is left to do against this machine, before anything is computed.
 
     Raises:
-        ResourceError: not enough disk where the output goes, or not enough memory here. Memory of a cluster that is
+        ResourceError: a package is missing, or disk where the output goes, or memory here. Memory of a cluster that is
             joined is for its scheduler to judge.
     """
     left = [cost for cost in costs(recipe) if not cost.done]
-    sharded = recipe.compute.runner == "ray" and recipe.distill.zero_stage > 0
-    if (
-        sharded
-        and any(step_and_domain(cost.step)[0] == "distill" for cost in left)
-        and importlib.util.find_spec("deepspeed") is None
-    ):
-        raise ResourceError(
-            "distill.zero_stage 1 to 3 needs DeepSpeed under the ray runner: pip install 'finescope[deepspeed]', or set it to 0"
-        )
+    if any(step_and_domain(cost.step)[0] == "distill" for cost in left):
+        _check_training(recipe)
     _check_disk(recipe.output, left)
     joined = recipe.compute.runner == "ray" and (recipe.compute.address or os.environ.get("RAY_ADDRESS"))
     most = max(left, key=lambda cost: cost.memory_bytes, default=None)
@@ -81,6 +75,15 @@ def check_resources(recipe: Recipe) -> None:
         raise ResourceError(
             f"step '{most.step}' needs about {_gb(most.memory_bytes)} of memory; {_gb(available)} are available "
             "(`finescope plan`)"
+        )
+
+
+def _check_training(recipe: Recipe) -> None:
+    check_trackers(recipe.compute.track)
+    sharded = recipe.compute.runner == "ray" and recipe.distill.zero_stage > 0
+    if sharded and importlib.util.find_spec("deepspeed") is None:
+        raise ResourceError(
+            "distill.zero_stage 1 to 3 needs DeepSpeed under the ray runner: pip install 'finescope[deepspeed]', or set it to 0"
         )
 
 

@@ -27,7 +27,14 @@ _SOURCES = 40
 _TEXT_CHARACTERS = 900
 _CUT_CHARACTERS = 160
 _REWRITES = 3
-_DISTILL_CURVES = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
+_DISTILL_CURVES = {
+    "loss": "loss",
+    "held_out_loss": "loss on held-out examples",
+    "divergence": "divergence from the teacher",
+    "grad_norm": "norm of the gradient",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens a second",
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def _distilled(run: _Run) -> dict[str, Any] | None:
     facts = {name: value for name, value in run.facts("distill").items() if isinstance(value, int | float | str)}
     labels = {"metrics": "recovered", "control_metrics": "control"}
     series = {label: run.frame("distill", table) for table, label in labels.items() if run.has("distill", table)}
-    return {"facts": facts, "charts": curve_charts(series, _DISTILL_CURVES, run.facts("distill").get("history_steps", ()))}
+    return {"facts": facts, "charts": curve_charts(series, _DISTILL_CURVES, first="loss")}
 
 
 def _rounds(run: _Run) -> list[dict[str, Any]]:

@@ -154,10 +154,16 @@ def rejects_by_reason(rejects: pl.LazyFrame) -> pl.DataFrame:
     return grouped.collect().sort(["rows", "step", "reason"], descending=[True, False, False])
 
 
-def curves(metrics: pl.LazyFrame, names: list[str]) -> pl.DataFrame:
-    """Training curves: name, point (1-based, the order in which they were recorded), value."""
+def curves(metrics: pl.LazyFrame, names: list[str], first: str | None = None) -> pl.DataFrame:
+    """Training curves: name, point (1-based), value.
+
+    A point is the order in which a metric was recorded, or with `first` the number of the record it is of: records stand one
+    after the other, begin with the metric `first`, and need not have the others.
+    """
     kept = metrics.filter(pl.col("name").is_in(names)).select("name", "value").collect()
-    return kept.select("name", (pl.int_range(pl.len()).over("name") + 1).alias("point"), "value")
+    of_name = pl.int_range(pl.len()).over("name") + 1
+    point = of_name if first is None else (pl.col("name") == first).cum_sum().cast(pl.Int64)
+    return kept.select("name", point.alias("point"), "value")
 
 
 def last_metrics(metrics: pl.LazyFrame) -> pl.DataFrame:

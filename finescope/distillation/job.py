@@ -28,6 +28,11 @@ class TrainJob:
     recompute: bool | None = None
     track: tuple[str, ...] = ()  # names of `tracking`: where metrics go beside `output`
 
+    @property
+    def record(self) -> str:
+        """URI of the JSON that says how the training went; it is there if and only if the result is."""
+        return storage.join(self.output, "trained.json")
+
 
 @dataclass(frozen=True)
 class Training:

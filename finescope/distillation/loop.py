@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from finescope import directories, schemas, storage
 from finescope.distillation import checkpoint
@@ -207,18 +206,21 @@ def _write(engine: Engine, run: _Run, cursor: Cursor) -> None:
     # Collective, as sharded engines gather the weights; only rank 0 has something to write.
     job, weights = run.job, engine.trainable()
     if engine.rank == 0:
+        best = job.section.patience is not None and cursor.best_step is not None
+        record = {
+            **{name: getattr(cursor, name) for name in ("tokens", "skipped", "rollbacks")},
+            "steps": cursor.step,
+            "result_step": cursor.best_step if best else cursor.step,
+            "held_out_loss": next((row["held_out_loss"] for row in cursor.metrics[::-1] if "held_out_loss" in row), None),
+            "best_held_out_loss": cursor.best_loss,
+        }
         storage.put_parquet(storage.join(job.output, "metrics", "part-00000.parquet"), metrics_table(cursor.metrics))
         with directories.scratch_directory(storage.join(job.output, "model")) as scratch:
-            chosen = _chosen(job, cursor, weights)
+            # The last weights, or with `patience` those of the lowest loss on the held-out examples.
+            chosen = checkpoint.weights_of(job.checkpoints, record["result_step"]) if best else weights
             save_student(run.student, chosen, job.section.method, job.section.rank, job.student, scratch)
             for name in ("adapter", "model"):
                 if (scratch / name).is_dir():
                     directories.put_tree(scratch / name, storage.join(job.output, name))
+        storage.put_json(job.record, record)
     engine.sum([0.0])  # a barrier: no process ends before the result is there
-
-
-def _chosen(job: TrainJob, cursor: Cursor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that are the result: the last ones, or with `patience` those of the lowest loss on the held-out examples."""
-    if job.section.patience is None or cursor.best_step in (None, cursor.step):
-        return weights
-    return checkpoint.weights_of(job.checkpoints, cursor.best_step)

@@ -33,7 +33,7 @@ class Watch:
     def checkpoint(self, cursor: Cursor) -> None:
         """The history as it stands, as JSON lines: object stores cannot append."""
         if self._progress is not None:
-            storage.put_jsonl(self._history, cursor.metrics)
+            storage.put_jsonl(self._history, [{"step": step, **row} for step, row in enumerate(cursor.metrics, start=1)])
 
     def ended(self, steps: int) -> None:
         """The training ended, perhaps before all of its `steps`."""

@@ -1,11 +1,8 @@
-"""What pruning took: the seconds of each part, and the peak of memory."""
+"""What pruning took: the seconds of each part, by its parts."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-# Measured where models are, as a training asks for it too.
-from finescope.models.memory import peak_memory as peak_memory
 
 
 class Clock:

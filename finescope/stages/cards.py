@@ -15,8 +15,8 @@ _KINDS = {
 }
 
 
-def model_card(base: ModelReference, source: str, kind: str, facts: Mapping[str, Any]) -> str:
-    """The README.md of a model directory: front matter with base_model, and `facts` as a table.
+def model_card(base: ModelReference, source: str, kind: str, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The README.md of a model directory: front matter with base_model, `facts` as a table, and the recipe's sections by name.
 
     `source` is the base model as the recipe names it.
     """
@@ -36,6 +36,12 @@ def model_card(base: ModelReference, source: str, kind: str, facts: Mapping[str,
         *markdown_table(("fact", "value"), rows),
         "",
         f"Fingerprint of the base weights: `{base.fingerprint[:16]}`.",
+        "",
+        "Made by this part of a recipe:",
+        "",
+        "```yaml",
+        yaml.safe_dump(dict(settings), sort_keys=False).strip(),
+        "```",
         "",
     ]
     return "\n".join(lines)

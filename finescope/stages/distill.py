@@ -1,5 +1,6 @@
 """`distill`: the pruned model is trained on what the teacher has written, and a control beside it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from finescope import schemas, storage
@@ -63,30 +64,35 @@ def _train(
     places = storage.join(home, "checkpoints"), home
     job = TrainJob(student.path, examples_uri, section, *places, cap_tokens, told, recompute, compute.track)
     planned = plan(job)
-    if not storage.exists(storage.join(home, "trained.json")):
+    if not storage.exists(job.record):
         name = f"distill: {folder or 'training'}"
         copies = 5.0 if section.method == "full" else 1.5
         with context.reporter.task(name, len(planned.steps), "steps") as progress:
             resources = Resources(memory_bytes(student, copies))
             context.runner.train(loop.train, (job,), progress, resources, section.zero_stage)
-        _write_card(step, section, pruned, home, folder or "recovered", planned.tokens)
-        storage.put_json(storage.join(home, "trained.json"), {"tokens": planned.tokens, "steps": len(planned.steps)})
-    storage.delete(storage.join(home, "checkpoints"))
+    trained: dict[str, Any] = storage.read_json(job.record)
     used = table.column("used").to_pylist()
-    return {
-        "training_tokens": planned.tokens,
-        "training_steps": len(planned.steps),
+    facts = {
+        **trained,
+        "training_tokens": trained["tokens"],
+        "training_steps": trained["steps"],
         "examples": len(built.examples),
         "truncated": built.truncated,
         "dropped": len(built.dropped),
         "rewritten": used.count("rewrite"),
     }
+    _write_card(step, section, pruned, home, folder or "recovered", facts)
+    storage.delete(storage.join(home, "checkpoints"))
+    return facts
 
 
-def _write_card(step: StepInput, section: DistillSection, pruned: Manifest, home: str, kind: str, tokens: int) -> None:
-    facts = {"method": section.method, "rank": section.rank, "learning rate": section.learning_rate, "training tokens": tokens}
-    sizes = {key: pruned.facts[key] for key in ("parameters_before", "parameters_after", "ratio_reached")}
-    card = model_card(model_of(step["model"]), step["model"].facts["source"], kind, {**sizes, **facts})
+def _write_card(
+    step: StepInput, section: DistillSection, pruned: Manifest, home: str, kind: str, facts: Mapping[str, Any]
+) -> None:
+    told = {key: pruned.facts[key] for key in ("parameters_before", "parameters_after", "ratio_reached")}
+    told |= {"teacher": step["teach"].facts["teacher"]["source"], **facts}
+    settings = {"distill": section.model_dump(mode="json")}
+    card = model_card(model_of(step["model"]), step["model"].facts["source"], kind, told, settings)
     storage.put_bytes(storage.join(home, "model", "README.md"), card.encode())
 
 

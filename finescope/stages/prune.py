@@ -15,9 +15,10 @@ from finescope.config import CorpusSection, PruneSection
 from finescope.corpus.tokenise import length_batches
 from finescope.models.blocks import open_blocks
 from finescope.models.load import ModelReference, default_device, load_meta_model, load_tokenizer, reference_of
+from finescope.models.memory import peak_memory
 from finescope.pruning.cost import PruneCost, prune_cost
 from finescope.pruning.general import with_general
-from finescope.pruning.measured import Clock, peak_memory
+from finescope.pruning.measured import Clock
 from finescope.pruning.prune import Places, planned_tokens, prune_model
 from finescope.pruning.verify import verify_saved
 from finescope.rounds import Round
@@ -135,7 +136,9 @@ def prune_calibrated(job: PruneJob, progress: Progress) -> tuple[pa.Table, dict[
         with clock.part("save"):
             tokenizer.save_pretrained(local)
             told = {key: value for key, value in facts.items() if key not in _NOT_ON_THE_CARD}
-            (local / "README.md").write_text(model_card(job.base, job.source, "pruned", told), encoding="utf-8")
+            settings = {"prune": job.section.model_dump(mode="json")}
+            card = model_card(job.base, job.source, "pruned", told, settings)
+            (local / "README.md").write_text(card, encoding="utf-8")
         with clock.part("verify"):
             verified = verify_saved(local, source.model.dtype, device, result.cases)
         with clock.part("save"):

@@ -87,6 +87,8 @@ def test_top_latents_are_those_of_the_curated_that_others_lack() -> None:
 def test_curves_number_the_points_of_each_metric() -> None:
     metrics = pl.LazyFrame({"step": ["s"] * 4, "name": ["loss", "lr", "loss", "other"], "value": [3.0, 1.0, 2.0, 9.0]})
     assert summaries.curves(metrics, ["loss", "lr"]).rows() == [("loss", 1, 3.0), ("lr", 1, 1.0), ("loss", 2, 2.0)]
+    # What was recorded with the second loss alone stands there.
+    assert summaries.curves(metrics, ["loss", "other"], "loss").rows() == [("loss", 1, 3.0), ("loss", 2, 2.0), ("other", 2, 9.0)]
     assert summaries.last_metrics(metrics).rows()[0] == ("s", "loss", 2, 3.0, 2.0)
 
 
