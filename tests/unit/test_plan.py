@@ -6,9 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
-from plan_inputs import DOCUMENTS, inputs_at, recipe_of
+from plan_inputs import DOCUMENTS, by_step, inputs_at, recipe_of
+from tiny_models import saved_model
+from typer.testing import CliRunner
 
 from finescope import demo, pipeline, plan, schemas, steps, storage
+from finescope.cli import app
 from finescope.config import ALL_STEPS, STEPS, Recipe
 from finescope.corpus import demo_inputs
 from finescope.errors import ModelError, ResourceError
@@ -129,6 +132,12 @@ def test_what_is_done_is_marked_and_no_longer_counted(root: Path, tmp_path: Path
     monkeypatch.setattr(storage, "free_bytes", lambda uri: left - 1)
     with pytest.raises(ResourceError):
         plan.check_resources(recipe)
+
+
+def call(*arguments: str, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
 
 
 @pytest.fixture

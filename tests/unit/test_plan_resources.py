@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 from plan_inputs import by_step, inputs_at, recipe_of
-from typer.testing import CliRunner
 
 from finescope import plan, storage
-from finescope.cli import app
 from finescope.curation.near_duplicates import SKETCH_BYTES
 from finescope.curation.select import with_spare
 from finescope.distillation import tracking
@@ -113,9 +111,3 @@ def test_available_memory(tmp_path: Path):
     machine(tmp_path, stat="anon 200\nfile 700\ninactive_file 600\n")
     assert plan.available_memory(tmp_path) == 700, "cache that the kernel gives back is not in use"
     assert (plan.available_memory() or 0) > 0
-
-
-def call(*arguments: str, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result.stdout, result.stderr
