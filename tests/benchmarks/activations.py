@@ -79,7 +79,8 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         arrays = extract_texts(reference(folder), texts, arguments.layers, arguments.max_tokens)
-    np.savez(arguments.out, label=np.array(labels), **arrays)
+    # Of the names that may stand in the file, none is an argument of `savez`.
+    np.savez(arguments.out, label=np.array(labels), **arrays)  # pyright: ignore[reportArgumentType]
     seconds = time.perf_counter() - began
     count = len(arrays["document"])
     print(json.dumps({"tokens": count, "documents": len(texts), "seconds": seconds, "tokens_per_second": count / seconds}))

@@ -33,7 +33,7 @@ from finescope.sae.stream import TokenBatch, used_positions
 
 LAYER = 10
 PROBES = (1, 2, 4, 8)
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     errors = relative_errors(arguments.seeds)
-    slope = np.polyfit(*(np.log([row[key] for row in errors]) for key in ("probes", "relative_error")), 1)[0]
+    probes, found = (np.log([row[key] for row in errors]) for key in ("probes", "relative_error"))
+    slope = np.polyfit(probes, found, 1)[0]
     result = {
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),

@@ -69,7 +69,8 @@ def read_sample(corpus: str, seeds: str, documents: int) -> Sample:
     columns = [chosen.column(name).to_pylist() for name in ("instruction", "input", "output")]
     of_seeds = [text for domain in DOMAINS for text in seed_texts(f"{seeds}/{domain}.jsonl")]
     texts = ["\n".join(parts) for parts in zip(*columns, strict=True)]
-    return Sample(texts, *(np.array(chosen.column(name).to_pylist()) for name in ("domain", "source")), of_seeds)
+    labels, sources = (np.array(chosen.column(name).to_pylist()) for name in ("domain", "source"))
+    return Sample(texts, labels, sources, of_seeds)
 
 
 def judged(score: Callable[[int], np.ndarray], sample: Sample, by_source: bool = False) -> dict[str, Any]:

@@ -62,7 +62,7 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 GENERAL = "alpaca"
 
 
-def silent(_: int) -> None:
+def silent(_: int, __: str = "") -> None:
     """Nobody watches."""
 
 

@@ -24,7 +24,7 @@ from tiny_run import COMMON, COOKING, MATHS, recipe_values, write_inputs
 
 from finescope import pipeline
 from finescope.config import Recipe
-from finescope.runners.base import Progress
+from finescope.runners.base import TrainProgress
 
 WORDS = np.array([*COMMON, *MATHS, *COOKING])
 ROWS_PER_FILE, ROWS_PER_GROUP, LENGTH = 50_000, 2_500, 8
@@ -53,10 +53,10 @@ class Watch:
     def warn(self, message: str) -> None: ...
 
     @contextlib.contextmanager
-    def task(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
-        yield self._embedded if name == "embed" else lambda amount, /: None
+    def task(self, name: str, total: int | None, unit: str) -> Iterator[TrainProgress]:
+        yield self._embedded if name == "embed" else lambda amount, note="", /: None
 
-    def _embedded(self, amount: int, /) -> None:
+    def _embedded(self, amount: int, note: str = "", /) -> None:
         before, self._done = self._done // self._every, self._done + amount
         if self._done // self._every > before:
             self.look()

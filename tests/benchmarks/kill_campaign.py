@@ -10,6 +10,8 @@ tables of the same shards, no other file, no process and no scratch. Exit code 1
 """
 
 import argparse
+import bisect
+import itertools
 import json
 import random
 import sys
@@ -37,11 +39,9 @@ def blow(number: int, undisturbed: Path, chance: random.Random) -> Blow:
     """A moment uniform over the steps of the undisturbed run."""
     lengths = {step: manifest_of(str(undisturbed), step).seconds for step in _STEPS}
     moment = chance.uniform(0.0, sum(lengths.values()))
-    for step in _STEPS:
-        if moment < lengths[step]:
-            break
-        moment -= lengths[step]
-    return Blow(VICTIMS[number % len(VICTIMS)], step, moment)
+    ends = list(itertools.accumulate(lengths.values()))
+    at = min(bisect.bisect(ends, moment), len(_STEPS) - 1)
+    return Blow(VICTIMS[number % len(VICTIMS)], _STEPS[at], moment - (ends[at] - lengths[_STEPS[at]]))
 
 
 def faults(output: Path, undisturbed: Path, scratch: Path) -> list[str]:

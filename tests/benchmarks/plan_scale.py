@@ -31,14 +31,16 @@ from finescope.corpus.files import CorpusFile
 from finescope.manifest import Manifest, TableFile, read_manifest
 from finescope.plan import costs
 from finescope.runners.base import Context
-from finescope.stages.embed import _RECORD, embed
+from finescope.stages.embed import embed
 from finescope.stages.index import _tasks
 from finescope.stages.references import limited_units
 from finescope.stages.sae import _documents
+from finescope.stages.units import _RECORD
 from finescope.steps import Outcome, Step, StepInput
 from finescope.storage import FileInfo
 
 RANGE, RANGES_A_FILE = 32 * 2**20, 1000
+ANSWER = pa.schema([*_RECORD, ("tokens", pa.int64()), ("fvu_sum", pa.float64())])
 CORPUS = CorpusSection.model_validate({"path": ["s3://bucket/corpus/*.jsonl"], "id": "id"})
 
 
@@ -54,7 +56,7 @@ class Answering:
     def map(self, worker: object, arguments: object, rows: pa.Table, resources: object) -> Iterator[pa.Table]:
         """See `Runner`: a row in, a row out."""
         for start in range(rows.num_rows):
-            yield pa.Table.from_pylist(records(rows.slice(start, 1).to_pylist()), schema=_RECORD)
+            yield pa.Table.from_pylist(records(rows.slice(start, 1).to_pylist()), schema=ANSWER)
 
 
 def write_run(root: Path, recipe: Recipe, units: int, documents: int) -> None:

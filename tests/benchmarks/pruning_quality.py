@@ -101,7 +101,7 @@ class Pruner:
             found = importance_by_method(self._source, self._layout, section, self._batches, None, lambda _: None)
             self._importance[section.method], self._seconds[section.method] = found, time.monotonic() - began
         importance = self._importance[section.method]
-        kept = choose(importance, self._layout, section.ratio, section.structure, section.round_to, required=True)
+        kept = choose(importance, self._layout, section.ratio, section.within_blocks, section.round_to, required=True)
         surgery = Surgery(self._model, self._source.anatomy, self._layout, kept)
         with clock.part("student"):
             origins, fitted_on = tuple(range(self._layout.num_layers)), self._batches if section.compensate else ()
@@ -111,7 +111,7 @@ class Pruner:
 
     def torch_pruning(self, ratio: float) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Torch-Pruning's GroupTaylorImportance on MLP channels, as uniform as ours, in multiples of 32."""
-        import torch_pruning as tp
+        import torch_pruning as tp  # pyright: ignore[reportMissingImports]
 
         if self._with_gradients is None:
             self._with_gradients = copy.deepcopy(self._model).requires_grad_(True)

@@ -19,11 +19,11 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from finescope import schemas, storage
 from finescope.curation.ranking import Eligible, Ranking
@@ -79,7 +79,7 @@ def select(files: list[str], most: int) -> None:
     )
 
 
-def measured(files: list[str], most: int, listing: Path) -> dict[str, object]:
+def measured(files: list[str], most: int, listing: Path) -> dict[str, Any]:
     """`select` in a process of its own."""
     listing.write_text("\n".join(files))
     command = [sys.executable, __file__, "--select", str(listing), "--most", str(most)]
@@ -89,8 +89,7 @@ def measured(files: list[str], most: int, listing: Path) -> dict[str, object]:
 def sorted_whole(files: list[str], most: int) -> str:
     """The same by a sort of everything, in Arrow."""
     table = pa.concat_tables(storage.read_parquet(path, ["doc_id", "score"]) for path in files)
-    order = pc.sort_indices(table, sort_keys=[("score", "descending"), ("doc_id", "ascending")])
-    found = pl.DataFrame(table.take(order[:most]))
+    found = pl.DataFrame(table.sort_by([("score", "descending"), ("doc_id", "ascending")]).slice(0, most))
     return digest(found)
 
 

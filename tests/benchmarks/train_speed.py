@@ -49,7 +49,7 @@ class Marks:
     def __init__(self) -> None:
         self._moments: list[tuple[float, float]] = []
 
-    def __call__(self, _: int = 1) -> None:
+    def __call__(self, _: int = 1, __: str = "") -> None:
         self._moments.append((time.perf_counter(), time.process_time()))
 
     def seconds(self) -> list[float]:
@@ -119,7 +119,7 @@ def trl(job: TrainJob, folder: str) -> list[float]:
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     section, training, marks = job.section, plan(job), Marks()
 
@@ -194,7 +194,7 @@ def main() -> None:
             taken.setdefault("ours", []).append(ours(job))
             if importlib.util.find_spec("trl") is not None:
                 taken.setdefault("trl", []).append(trl(job, f"{folder}/trl-{number}"))
-        training = plan(job)
+        training = plan(jobs[0])
     timed = training.steps[LEFT_OUT:-LEFT_OUT]
     padded = sum(
         collate(training.examples, step, rows).tokens.size

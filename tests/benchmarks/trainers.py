@@ -128,9 +128,9 @@ class SaeLens:
     """SAELens's SAETrainer around its TopKTrainingSAE, a fifth of the steps decaying, as its tutorials do."""
 
     def __init__(self, setting: Setting, first: Tensor) -> None:
-        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.config import SAETrainerConfig
-        from sae_lens.training.sae_trainer import SAETrainer
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
+        from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
+        from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(0)
         config = TopKTrainingSAEConfig(d_in=setting.width, d_sae=setting.num_latents, k=setting.k)
@@ -165,7 +165,7 @@ class DictionaryLearning:
     """dictionary_learning's TopKTrainer; warm-up and decay in the shares of ours, as its 1,000 steps are for long runs."""
 
     def __init__(self, setting: Setting, first: Tensor) -> None:
-        from dictionary_learning.trainers.top_k import TopKTrainer
+        from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
 
         self._trainer = TopKTrainer(
             steps=setting.steps,
@@ -202,7 +202,7 @@ class Sparsify:
     """
 
     def __init__(self, setting: Setting, first: Tensor) -> None:
-        from sparsify import SparseCoder, SparseCoderConfig
+        from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(0)
         self._coder = SparseCoder(setting.width, SparseCoderConfig(num_latents=setting.num_latents, k=setting.k))
