@@ -186,10 +186,11 @@ def main() -> None:
     taken: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         student = student_at(f"{folder}/student", arguments.blocks)
-        for number in range(arguments.rounds):
-            job = TrainJob(
-                student, examples, section, f"{folder}/checkpoints-{number}", f"{folder}/out-{number}", recompute=False
-            )
+        jobs = [
+            TrainJob(student, examples, section, f"{folder}/checkpoints-{number}", f"{folder}/out-{number}", recompute=False)
+            for number in range(arguments.rounds)
+        ]
+        for number, job in enumerate(jobs):
             taken.setdefault("bare", []).append(bare(job))
             taken.setdefault("ours", []).append(ours(job))
             if importlib.util.find_spec("trl") is not None:
