@@ -127,7 +127,7 @@ def _spoiling(factory: EngineFactory, first: int, last: int) -> EngineFactory:
 
 
 class _Spoiled:
-    """Makes the losses from the `first` to the `last` pass on the second process not a number.
+    """Makes the losses from the `first` to the `last` pass on the first process not a number, which has some in every step.
 
     The third belongs to the first step or the second.
     """
@@ -141,7 +141,7 @@ class _Spoiled:
     def __call__(self, *inputs: torch.Tensor | None) -> Sums:
         self._count += 1
         total, *parts = self._engine(*inputs)
-        spoiled = self._first <= self._count <= self._last and self._engine.rank == 1
+        spoiled = self._first <= self._count <= self._last and self._engine.rank == 0
         return (total * float("nan") if spoiled else total, *parts)
 
 
