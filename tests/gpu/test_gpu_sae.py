@@ -34,8 +34,15 @@ def test_gradients_are_those_of_the_latents_that_were_chosen(architecture: str) 
     """The choice is made in bfloat16, so that the dense reference takes the same latents from it."""
     section = SaeSection.model_validate({"architecture": architecture, "num_latents": LATENTS, "k": K, "auxk": 8})
     decoder = torch.nn.functional.normalize(random(LATENTS, WIDTH, seed=4), dim=1)
-    tensors = [decoder.clone(), 0.1 * random(LATENTS, seed=5), decoder, 0.1 * random(WIDTH, seed=6)]
-    weights, reference = (Weights(*(tensor.clone().requires_grad_() for tensor in tensors), None) for _ in range(2))
+    biases = 0.1 * random(LATENTS, seed=5), 0.1 * random(WIDTH, seed=6)
+
+    def fresh() -> Weights:
+        encoder, of_latents, directions, of_stream = (
+            tensor.clone().requires_grad_() for tensor in (decoder, biases[0], decoder, biases[1])
+        )
+        return Weights(encoder, of_latents, directions, of_stream, None)
+
+    weights, reference = fresh(), fresh()
     batch, none = random(ROWS, WIDTH, seed=7), torch.empty(0, dtype=torch.int64, device="cuda")
     losses(weights, batch, section, none, Scratch()).total.backward()
     with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
