@@ -81,7 +81,8 @@ def _train(
         "dropped": len(built.dropped),
         "rewritten": used.count("rewrite"),
     }
-    _write_card(step, section, pruned, home, folder or "recovered", facts)
+    if not storage.exists(storage.join(home, "model", "README.md")):
+        _write_card(step, section, pruned, home, folder or "recovered", facts)
     storage.delete(storage.join(home, "checkpoints"))
     return facts
 
