@@ -208,8 +208,10 @@ def _write(engine: Engine, run: _Run, cursor: Cursor) -> None:
     if engine.rank == 0:
         best = job.section.patience is not None and cursor.best_step is not None
         record = {
-            **{name: getattr(cursor, name) for name in ("tokens", "skipped", "rollbacks")},
-            "steps": cursor.step,
+            "training_tokens": cursor.tokens,
+            "training_steps": cursor.step,
+            "skipped_steps": cursor.skipped,
+            "rollbacks": cursor.rollbacks,
             "result_step": cursor.best_step if best else cursor.step,
             "held_out_loss": next((row["held_out_loss"] for row in cursor.metrics[::-1] if "held_out_loss" in row), None),
             "best_held_out_loss": cursor.best_loss,

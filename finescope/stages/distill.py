@@ -74,8 +74,6 @@ def _train(
     used = table.column("used").to_pylist()
     facts = {
         **trained,
-        "training_tokens": trained["tokens"],
-        "training_steps": trained["steps"],
         "examples": len(built.examples),
         "truncated": built.truncated,
         "dropped": len(built.dropped),

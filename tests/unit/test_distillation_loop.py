@@ -157,7 +157,7 @@ def test_patience_ends_the_training_with_the_best_weights(tmp_path: Path, studen
     assert record["best_step"] == steps[0] - 4
     assert steps == [steps[0], steps[0] - 2, steps[0] - 4]
     told_of = json.loads(Path(job.record).read_text())
-    assert (told_of["steps"], told_of["result_step"]) == (steps[0], record["best_step"])
+    assert (told_of["training_steps"], told_of["result_step"]) == (steps[0], record["best_step"])
     assert told_of["best_held_out_loss"] == record["best_loss"] < told_of["held_out_loss"]
     best = {name.removeprefix("causal."): value for name, value in weights_of(job.checkpoints, record["best_step"]).items()}
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(job).items())
