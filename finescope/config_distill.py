@@ -88,7 +88,7 @@ class DistillSection(Section):
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError("offload: expected a zero_stage of 1 to 3 with it")
         if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError("offload: all is of zero_stage 3")
+            raise ValueError("offload: all: expected a zero_stage of 3 with it")
         if self.patience is not None and self.held_out == 0:
             raise ValueError("patience: expected held_out examples to measure on")
         return self

@@ -146,14 +146,14 @@ def model_costs(recipe: Recipe, corpus: Corpus, model: Size) -> list[Cost]:
     student = int(model.weight_bytes * kept)
     students = student * (1 + distill.control)
     return [
-        # Two checkpoints are kept; an adapter's are small beside the students.
+        # Two checkpoints are kept and the best one; an adapter's are small beside the students.
         Cost(
             "distill",
             curated,
             trained,
             operations * kept * full * trained,
             PROCESS + training + head,
-            students + (2 * training if distill.method == "full" else students // 4),
+            students + (3 * training if distill.method == "full" else students // 4),
         ),
         Cost("evaluate", 2 * evaluate.documents, sets, 2.0 * full * sets, PROCESS + model.weight_bytes + student + head, 0),
         Cost("report", 0, 0, 0.0, PROCESS // 4, 1_000_000),
